@@ -1,0 +1,67 @@
+"""An axis: one thing that is measured on artifacts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from .errors import RecipeError
+from .machine import describe
+from .progress import Progress
+from .reading import Reading
+from .target import Artifact
+from .task import Split, Task
+
+@dataclass
+class Bench:
+    """What an axis may read: the deployed artifacts (original, and compressed if there is one) and the task's data. No torch model."""
+
+    task: Task
+    original: Artifact
+    compressed: Artifact | None = None
+    split: Split = "test"
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def subjects(self) -> dict[str, Artifact]:
+        """The artifacts by the name that their readings carry."""
+        return {"original": self.original} | ({"compressed": self.compressed} if self.compressed is not None else {})
+
+    def reading(self, subject: str, axis: str, name: str, value: float, unit: str, **rest: Any) -> Reading:
+        """A `Reading` with runtime and machine filled in."""
+        artifact = self.subjects[subject]
+        runtime = " ".join([artifact.manifest.target["name"], *(artifact.manifest.versions.get(package, "") for package in artifact.target.packages[:1])])
+        return Reading(subject=subject, axis=axis, name=name, value=value, unit=unit, runtime=runtime, machine=describe(), **rest)  # type: ignore[arg-type]
+
+
+class Axis(BaseModel, ABC):
+    """One file, one axis: reads artifacts and gives `Reading`s. Its docstring's first sentence says what it measures and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kinds: ClassVar[dict[str, type[Axis]]] = {}
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str = "", **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if name:
+            cls.name = name
+            Axis.kinds[name] = cls
+
+    @abstractmethod
+    def read(self, bench: Bench) -> list[Reading]:
+        """Measure every subject of `bench`, interleaved where time counts."""
+
+
+def axis(name: str, **settings: Any) -> Axis:
+    """The axis called `name` with these settings; raises `RecipeError` if it is unknown."""
+    from . import registry
+
+    registry.load("axes")
+    if name not in Axis.kinds:
+        raise RecipeError(f"there is no axis {name!r}; the axes are: {', '.join(sorted(Axis.kinds))}")
+    return Axis.kinds[name](**settings)

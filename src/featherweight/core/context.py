@@ -1,0 +1,157 @@
+"""All that a step may ask of the outside."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .data import to_device
+from .errors import NoEffect, NotFinite
+from .files import tensor_digest
+from .fit import During, Term, Training, fit
+from .outputs import first
+from .progress import Progress
+from .recipe import Recipe
+from .step import Step
+from .task import Split, Task
+
+
+class LeftAlone(BaseModel):
+    """A layer that a step did not change, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    layer: str
+    reason: str
+
+
+class StepRecord(BaseModel):
+    """What a step did: which layers it changed and how, which it left alone and why, what the user should know."""
+
+    model_config = ConfigDict(extra="forbid")
+    step: dict[str, Any]
+    changed: dict[str, str] = {}
+    left: list[LeftAlone] = []
+    warnings: list[str] = []
+    seconds: float = 0.0
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+
+@dataclass
+class Context:
+    """The task, the teacher, the device, randomness, training, progress: all that a step may ask of the outside. Nothing is global.
+
+    `width_multiple` is what the target's kernels like the number of channels to be a multiple of; 1 if there is no target.
+    """
+
+    task: Task
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    progress: Progress = field(default_factory=Progress)
+    width_multiple: int = 1
+    record: StepRecord = field(default_factory=lambda: StepRecord(step={}))
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The user's own model, in evaluation mode, on the device."""
+        return self.task.original.to(self.device)
+
+    @property
+    def example(self) -> dict[str, Tensor]:
+        """Two real inputs by name, on the device."""
+        return to_device(self.task.example, self.device)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A random generator that depends on the seed and on what it is for, and on nothing else."""
+        digest = hashlib.sha256(f"{self.seed}:{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def batches(self, split: Split) -> Iterator[Any]:
+        """Batches of a split in order, on the device."""
+        for batch in self.task.batches(split):
+            yield to_device(batch, self.device)
+
+    @torch.no_grad()
+    def observe(self, model: nn.Module, hooks: dict[str, Callable[[tuple[Any, ...], Any], None]], split: Split = "calibrate") -> None:
+        """Run `model` over a split and hand the inputs and the output of each named module to its hook, batch by batch."""
+        modules = dict(model.named_modules())
+        handles = [modules[name].register_forward_hook(lambda _m, given, out, call=call: call(given, out)) for name, call in hooks.items()]
+        was_training = model.training
+        model.to(self.device).eval()
+        try:
+            for batch in self.progress.track(self.batches(split), f"observing {split}"):
+                output = first(self.task.call(model, batch))
+                if not torch.isfinite(output).all():
+                    raise NotFinite(f"the model gives NaN or infinite outputs on the split {split!r}")
+        finally:
+            model.train(was_training)
+            for handle in handles:
+                handle.remove()
+
+    def fit(self, model: nn.Module, training: Training, term: Term | None = None, during: During | None = None, text: str = "training") -> float:
+        """Train `model` in place; see `featherweight.core.fit.fit`."""
+        return fit(model, self, training, term, during, text)
+
+    def change(self, layer: str, how: str) -> None:
+        """Record that the step changed `layer`, and how."""
+        self.record.changed[layer] = how
+
+    def leave(self, layer: str, reason: str) -> None:
+        """Record that the step left `layer` alone, and why."""
+        self.record.left.append(LeftAlone(layer=layer, reason=reason))
+
+    def warn(self, text: str) -> None:
+        """Record something that the user should know; it is shown in the report."""
+        self.record.warnings.append(text)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of everything that a model computes with: module types, attributes that hold sizes, tensors by name."""
+    kinds = {name: type(module).__name__ + ":" + module.extra_repr() for name, module in model.named_modules()}
+    return hashlib.sha256((str(sorted(kinds.items())) + tensor_digest(dict(model.state_dict()))).encode()).hexdigest()
+
+
+def run_step(item: Step, model: nn.Module, ctx: Context) -> tuple[nn.Module, StepRecord]:
+    """Apply one step to `model` (which it may consume); check that it did something and that all is still finite.
+
+    Raises `NoEffect` if the model is as before, `NotFinite` if a weight or an output is not finite any more.
+    """
+    ctx.record = StepRecord(step=item.full(), parameters_before=count_parameters(model))
+    before, started = fingerprint(model), time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.generator(item.kind).initial_seed())
+        model = item.apply(model.to(ctx.device), ctx).eval()
+    ctx.record.seconds = time.perf_counter() - started
+    ctx.record.parameters_after = count_parameters(model)
+    reasons = "; ".join(sorted({f"{left.layer}: {left.reason}" for left in ctx.record.left})[:3])
+    if fingerprint(model) == before:
+        raise NoEffect(f"{item.kind} changed nothing{': ' + reasons if reasons else ''}; remove it or change its settings")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NotFinite(f"after {item.kind} the tensor {name!r} holds NaN or infinite values")
+    with torch.no_grad():
+        if not torch.isfinite(first(model(**ctx.example))).all():
+            raise NotFinite(f"after {item.kind} the model gives NaN or infinite outputs")
+    return model, ctx.record
+
+
+def run_recipe(recipe: Recipe, ctx: Context) -> tuple[nn.Module, list[StepRecord]]:
+    """Apply every step of `recipe` in order to a copy of the task's model."""
+    model, records = ctx.task.fresh(), []
+    for place, item in enumerate(recipe.steps, 1):
+        ctx.progress.say(f"step {place} of {len(recipe.steps)}: {item.kind}")
+        model, record = run_step(item, model, ctx)
+        records.append(record)
+    return model, records
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of `model`, each counted once; masked ones count."""
+    return sum(parameter.numel() for parameter in model.parameters())

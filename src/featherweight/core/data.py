@@ -1,0 +1,79 @@
+"""Data as batches: from map-style data sets or from any iterable that already yields batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Arrays:
+    """A map-style data set over tensors that share their first dimension; whole batches are indexed at once.
+
+    An item is a tuple with one entry per tensor. `augment` (if given) changes the first tensor of a training batch; it gets the batch
+    and a `torch.Generator`.
+    """
+
+    def __init__(self, *tensors: Tensor, augment: Callable[[Tensor, torch.Generator], Tensor] | None = None):
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) != 1:
+            raise ValueError(f"the tensors must have one length; they have {sorted(lengths)}")
+        self.tensors, self.augment = tensors, augment
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """The items at `index` as one batch; augmented when a generator is given."""
+        items = tuple(tensor[index] for tensor in self.tensors)
+        if self.augment is not None and generator is not None:
+            items = (self.augment(items[0], generator), *items[1:])
+        return items
+
+
+def is_map_style(data: Any) -> bool:
+    """Whether `data` has a length and can be indexed by an integer, but is no list or tuple of ready batches."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | tuple | Mapping)
+
+
+def batches(data: Any, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
+    """Batches of `data`: in order, or shuffled (and augmented) by `generator`. An iterable of batches is passed through as it is."""
+    if not is_map_style(data):
+        yield from data
+        return
+    count = len(data)
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    for start in range(0, count, batch_size):
+        index = order[start : start + batch_size]
+        if hasattr(data, "batch"):
+            yield data.batch(index, generator)
+        else:
+            yield torch.utils.data.default_collate([data[int(item)] for item in index])
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor in it moved to `device`; tuples, lists and mappings keep their form."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            yield from tensors_in(item)

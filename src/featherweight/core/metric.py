@@ -1,0 +1,93 @@
+"""Metrics: what a model is judged by, as per-input records that are reduced to one figure with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .outputs import first
+
+Records = np.ndarray  # one row per input
+
+
+def _mean(records: Records) -> float:
+    return float(records.mean())
+
+
+def _labels(batch: Any) -> np.ndarray:
+    from .task import labels
+
+    return np.asarray(labels(batch))
+
+
+def same_class(one: Any, other: Any) -> np.ndarray:
+    """Whether two outputs name the same class (last dimension) for each input."""
+    equal = first(one).argmax(-1) == first(other).argmax(-1)
+    return equal.reshape(len(equal), -1).mean(1)
+
+
+def close(one: Any, other: Any) -> np.ndarray:
+    """1 for each input whose two outputs differ by less than 5% of the first one's norm, else 0."""
+    a, b = (np.asarray(first(item), dtype=np.float64).reshape(len(first(item)), -1) for item in (one, other))
+    return (np.linalg.norm(a - b, axis=1) <= 0.05 * np.linalg.norm(a, axis=1) + 1e-12).astype(float)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of merit over a whole split.
+
+    `record(output, batch)` gives one row per input (a number, or a few that `reduce` needs together); `reduce(records)` the figure.
+    Outputs are numpy arrays in the layout that the torch model returns. `agree(output, other)` gives, per input, how far two outputs agree
+    (0 to 1). Splitting the two lets one pass over the artifact serve the figure, its bootstrap interval and the paired difference.
+    """
+
+    name: str
+    record: Callable[[Any, Any], Records]
+    reduce: Callable[[Records], float] = _mean
+    unit: str = ""
+    higher_is_better: bool = True
+    agree: Callable[[Any, Any], np.ndarray] = close
+
+    def drop(self, original: float, compressed: float) -> float:
+        """How much worse `compressed` is than `original`, in the metric's unit; negative if it is better."""
+        return original - compressed if self.higher_is_better else compressed - original
+
+    def interval(self, records: Records, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """95% interval of the figure: percentile bootstrap over inputs (Efron 1979)."""
+        return _interval([self.reduce(records[index]) for index in _resamples(len(records), resamples, seed)])
+
+    def drop_interval(self, original: Records, compressed: Records, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """95% interval of the drop between two sets of records of the same inputs: paired bootstrap."""
+        return _interval([self.drop(self.reduce(original[i]), self.reduce(compressed[i])) for i in _resamples(len(original), resamples, seed)])
+
+
+def _resamples(count: int, resamples: int, seed: int) -> Any:
+    generator = np.random.default_rng(seed)
+    return (generator.integers(0, count, count) for _ in range(resamples))
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def top1() -> Metric:
+    """Share of inputs whose highest logit is the label's, in percent."""
+
+    def record(output: Any, batch: Any) -> Records:
+        return (first(output).argmax(-1) == _labels(batch)) * 100.0
+
+    return Metric("top1", record, unit="%", agree=same_class)
+
+
+def mean_squared_error() -> Metric:
+    """Mean of squared differences between output and label; lower is better."""
+
+    def record(output: Any, batch: Any) -> Records:
+        difference = np.asarray(first(output), dtype=np.float64) - _labels(batch)
+        return (difference**2).reshape(len(difference), -1).mean(1)
+
+    return Metric("mse", record, unit="", higher_is_better=False)

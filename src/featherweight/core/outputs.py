@@ -1,0 +1,59 @@
+"""What a model returns, as named tensors: one form for torch models and for artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from .errors import TaskError
+
+Layout = Literal["single", "tuple", "dict"]
+
+
+def named_outputs(output: Any) -> tuple[Layout, dict[str, Tensor]]:
+    """The layout of a model's output and its tensors by name; None entries are dropped, nested ones get dotted names."""
+    if isinstance(output, Tensor):
+        return "single", {"output": output}
+    if isinstance(output, Mapping):
+        return "dict", dict(_flatten("", output))
+    if isinstance(output, tuple | list):
+        return "tuple", {f"output_{name}": tensor for name, tensor in _flatten("", dict(enumerate(output)))}
+    raise TaskError(f"the model returns {type(output).__name__}; it must return a tensor, or a tuple or dict of tensors")
+
+
+def _flatten(prefix: str, items: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:
+    found: list[tuple[str, Tensor]] = []
+    for key, value in items.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            found.append((name, value))
+        elif isinstance(value, Mapping):
+            found += _flatten(f"{name}.", value)
+        elif isinstance(value, tuple | list):
+            found += _flatten(f"{name}.", dict(enumerate(value)))
+        elif value is not None:
+            raise TaskError(f"the model's output {name!r} is {type(value).__name__}; outputs must be tensors (for a Hugging Face model set use_cache=False)")
+    return found
+
+
+def rebuild(layout: str, named: Mapping[str, np.ndarray]) -> Any:
+    """The arrays in the layout that the torch model returns them in."""
+    if layout == "single":
+        return next(iter(named.values()))
+    return tuple(named.values()) if layout == "tuple" else dict(named)
+
+
+def as_arrays(output: Any) -> Any:
+    """A torch model's output as numpy arrays in the same layout as an artifact gives them."""
+    layout, named = named_outputs(output)
+    return rebuild(layout, {name: tensor.detach().float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy() for name, tensor in named.items()})
+
+
+def first(output: Any) -> Any:
+    """The first tensor or array of an output in any layout: the logits of most models."""
+    if isinstance(output, Mapping):
+        return output["logits"] if "logits" in output else next(iter(output.values()))
+    return output[0] if isinstance(output, tuple | list) else output

@@ -1,0 +1,103 @@
+"""Soft changes: a weight that is still there but stands for something stored otherwise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .encoding import Encoding
+
+
+class Link(nn.Module):
+    """One link of the chain `weight -> decode(encode(weight))` on a parameter; gradients pass through `forward`.
+
+    A subclass registers itself with `kind=`, keeps its tensors as buffers or parameters, and gives the plain constructor values that
+    rebuild it as `settings()` (JSON), so that any chain can be saved and rebuilt. `encode(weight)` names the Encoding of the value that
+    `forward(weight)` returns, or None if the link is no form of storage. `decode(encode(w))` equals `forward(w)`.
+    """
+
+    kinds: ClassVar[dict[str, type[Link]]] = {}
+    kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls, kind: str = "", **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if kind:
+            cls.kind = kind
+            Link.kinds[kind] = cls
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def encode(self, weight: Tensor) -> Encoding | None:
+        return None
+
+
+class Mask(Link, kind="mask"):
+    """Hold the positions where `keep` is False at zero. `keep` has the weight's shape."""
+
+    keep: Tensor
+
+    def __init__(self, keep: Tensor | None = None, shape: list[int] | None = None):
+        super().__init__()
+        self.register_buffer("keep", torch.ones(shape or [], dtype=torch.bool) if keep is None else keep.bool())
+
+    def settings(self) -> dict[str, Any]:
+        return {"shape": list(self.keep.shape)}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.keep
+
+    def encode(self, weight: Tensor) -> Encoding | None:
+        from .encoding import Sparse
+
+        return Sparse(values=(weight * self.keep).detach(), keep=self.keep)
+
+
+def chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[Link]]]:
+    """Every parametrized weight: its full name, its module, its attribute, and its links from first to last."""
+    for prefix, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for attribute, links in module.parametrizations.items():  # type: ignore[union-attr]
+                yield f"{prefix}.{attribute}".lstrip("."), module, attribute, list(links)
+
+
+@torch.no_grad()
+def encodings(model: nn.Module) -> dict[str, Encoding]:
+    """The Encoding of every soft weight, by the weight's full name: that of the last link of its chain which names one.
+
+    A link that names no Encoding may only follow one that does if it changes nothing; otherwise the value is stored plain.
+    """
+    found: dict[str, Encoding] = {}
+    for name, module, attribute, links in chains(model):
+        value = module.parametrizations[attribute].original  # type: ignore[index,union-attr]
+        last: Encoding | None = None
+        for link in links:
+            last = link.encode(value)
+            value = link(value)
+        if last is not None:
+            found[name] = last
+    return found
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of `model` in which every soft weight has become a plain parameter with the value it stands for.
+
+    `copy.deepcopy` shares the generated class of a parametrized module, so the plain class is restored by hand.
+    """
+    plain = copy.deepcopy(model)
+    for module in list(plain.modules()):
+        if parametrize.is_parametrized(module):
+            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
+            trainable = {name: module.parametrizations[name].original.requires_grad for name in values}  # type: ignore[index,union-attr]
+            kind = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            module.__class__ = kind
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value, requires_grad=trainable[name]))
+    return plain

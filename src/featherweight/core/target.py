@@ -1,0 +1,293 @@
+"""A target: a runtime that an artifact is written for, and the artifact itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from . import registry
+from .encoding import Encoding, Sparse
+from .errors import ArtifactError, MissingExtra, NotCarried, OutputError, RecipeError
+from .files import file_digest, folder_size, whole_folder, write_json
+from .outputs import Layout, named_outputs, rebuild
+from .soft import encodings, fold
+from .step import one_line
+
+
+class Work(BaseModel):
+    """What one inference computes and holds, read off the artifact, for one input (batch 1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    parameters: int
+    macs: int
+    integer_macs: int = 0
+    weight_bytes: int
+
+
+class Input(BaseModel):
+    """One input of an artifact: its shape with -1 where a dimension is free, and numpy's name of its type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    shape: list[int]
+    dtype: str
+
+
+class Agreement(BaseModel):
+    """How far the artifact's outputs are from the torch model's on real inputs; `relative` is root mean square over that of the outputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    batches: list[int]
+    max_abs: float
+    relative: float
+    bound: float
+
+
+class Manifest(BaseModel):
+    """What an artifact is: written beside it, and checked when it is opened."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal[1] = 1
+    target: dict[str, Any]
+    file: str
+    inputs: list[Input]
+    layout: Layout
+    outputs: list[str]
+    stored: dict[str, str]
+    dense: list[str] = []
+    evidence: dict[str, Any] = {}
+    work: Work
+    agreement: Agreement
+    recipe: dict[str, Any]
+    digests: dict[str, str]
+    versions: dict[str, str]
+
+
+Session = Callable[..., list[np.ndarray]]
+
+
+class Artifact:
+    """A deployable folder: the runtime's file, `example.npz` with real inputs, and `manifest.json`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise ArtifactError(f"{self.folder} holds no artifact (no manifest.json)")
+        try:
+            self.manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise ArtifactError(f"{path} cannot be read: {one_line(error)}") from error
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.manifest.file
+
+    @property
+    def target(self) -> Target:
+        settings = dict(self.manifest.target)
+        return target(settings.pop("name"), **settings)
+
+    def bytes(self) -> int:
+        """Size of what must be shipped to run it: the runtime's file or folder."""
+        return folder_size(self.file) if self.file.is_dir() else self.file.stat().st_size
+
+    def verify(self) -> None:
+        """Compare every file with its digest; raise `ArtifactError` that names the first that differs or is missing."""
+        for name, digest in self.manifest.digests.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing; the artifact is incomplete")
+            if file_digest(path) != digest:
+                raise ArtifactError(f"{path} is not the file that was written (its digest differs); export it again")
+
+    def example(self) -> dict[str, np.ndarray]:
+        """Real inputs by name, as arrays."""
+        with np.load(self.folder / "example.npz", allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+
+    def open(self, threads: int = 1) -> Runner:
+        """Verify the files, load them in the runtime, and give something that is called as the torch model is."""
+        self.verify()
+        return Runner(self.target.load(self.file, threads), self.manifest)
+
+
+class Runner:
+    """A loaded artifact: called with arrays or tensors by position or name, it gives numpy arrays in the torch model's layout."""
+
+    def __init__(self, session: Session, manifest: Manifest):
+        self.session, self.manifest = session, manifest
+
+    def prepare(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
+        """The inputs by name, as contiguous arrays of the artifact's types."""
+        named = {**dict(zip((item.name for item in self.manifest.inputs), args)), **kwargs}
+        return {item.name: np.ascontiguousarray(named[item.name], dtype=item.dtype) for item in self.manifest.inputs if item.name in named}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return rebuild(self.manifest.layout, dict(zip(self.manifest.outputs, self.session(**self.prepare(*args, **kwargs)))))
+
+
+class Target(BaseModel, ABC):
+    """A runtime with its settings: writes a file from a model, loads it, runs it, and reads back what really lies on the disk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kinds: ClassVar[dict[str, type[Target]]] = {}
+    name: ClassVar[str] = ""
+    file: ClassVar[str] = ""  # the name of the file or folder it writes
+    carries: ClassVar[frozenset[str]] = frozenset()
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+    width_multiple: ClassVar[int] = 1
+
+    def __init_subclass__(cls, name: str = "", **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if name:
+            cls.name = name
+            Target.kinds[name] = cls
+
+    @abstractmethod
+    def write(self, plain: nn.Module, stored: dict[str, Encoding], example: dict[str, Tensor], free: dict[str, dict[int, str]], path: Path) -> None:
+        """Write `plain` (floats) to `path`, each weight named in `stored` in that form. `free` says which input dimensions are dynamic."""
+
+    @abstractmethod
+    def load(self, path: Path, threads: int = 1) -> Session:
+        """Load the file; the session takes arrays by input name and gives the outputs as a list of arrays."""
+
+    @abstractmethod
+    def stored(self, path: Path) -> dict[str, str]:
+        """What really lies on the disk: name of each stored weight -> form ("float32", "int8")."""
+
+    @abstractmethod
+    def work(self, path: Path, example: dict[str, np.ndarray]) -> Work:
+        """Parameters, multiply-accumulates and bytes of one inference, read off the file."""
+
+    def evidence(self, path: Path) -> dict[str, Any]:
+        """What the runtime itself says of how it runs the file, such as the number of its integer kernels."""
+        return {}
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """The packages that this target needs and that are not installed."""
+        import importlib.util
+
+        return [package for package in cls.packages if importlib.util.find_spec(package) is None]
+
+    @final
+    def export(
+        self,
+        model: nn.Module,
+        example: dict[str, Tensor],
+        folder: str | Path,
+        free: dict[str, dict[int, str]] | None = None,
+        bound: float | None = None,
+        recipe: dict[str, Any] | None = None,
+    ) -> Artifact:
+        """Write, load, run, compare, read back: an artifact that was never run does not leave this function.
+
+        `example` holds at least two real inputs by name; it is run at batch 1 and at its full batch. The outputs must be within `bound` (relative
+        root mean square; default 1e-3 for floats, 0.1 where integers compute) of the torch model's. Raises `NotCarried` for a form that
+        this target does not carry, `ArtifactError` if what was written is not what was asked for or does not agree.
+        """
+        free = {name: {0: "batch"} for name in example} if free is None else free
+        asked = encodings(model)
+        dense = sorted(name for name, encoding in asked.items() if isinstance(encoding, Sparse) and encoding.form not in self.carries)
+        stored = {name: encoding for name, encoding in asked.items() if name not in dense}
+        for name, encoding in stored.items():
+            if encoding.form not in self.carries:
+                raise NotCarried(f"the weight {name!r} is stored as {encoding.form}, which the target {self.name} does not carry")
+        plain = fold(model).cpu().eval()
+        example = {name: tensor.detach().cpu() for name, tensor in example.items()}
+        if bound is None:
+            bound = 0.1 if stored else 1e-3
+        with whole_folder(Path(folder)) as temporary:
+            path = temporary / self.file
+            self.write(plain, stored, example, free, path)
+            found = self.stored(path)
+            for name, encoding in stored.items():
+                if found.get(name) != encoding.form:
+                    raise ArtifactError(f"{self.name} stored {name!r} as {found.get(name, 'nothing')}, not as {encoding.form}")
+            layout, outputs, agreement = self._compare(plain, path, example, free, bound)
+            arrays = {name: tensor.numpy() for name, tensor in example.items()}
+            np.savez(temporary / "example.npz", **arrays)  # type: ignore[arg-type]
+            manifest = Manifest(
+                target={"name": self.name, **self.model_dump(mode="json")},
+                file=self.file,
+                inputs=[
+                    Input(name=name, shape=[-1 if place in free.get(name, {}) else size for place, size in enumerate(array.shape)], dtype=str(array.dtype))
+                    for name, array in arrays.items()
+                ],
+                layout=layout,
+                outputs=outputs,
+                stored=found,
+                dense=dense,
+                evidence=self.evidence(path),
+                work=self.work(path, arrays),
+                agreement=agreement,
+                recipe=recipe or {"steps": []},
+                digests={str(file.relative_to(temporary)): file_digest(file) for file in sorted(temporary.rglob("*")) if file.is_file()},
+                versions=_versions("featherweight", "torch", *self.packages),
+            )
+            write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
+        return Artifact(folder)
+
+    def _compare(
+        self, plain: nn.Module, path: Path, example: dict[str, Tensor], free: dict[str, dict[int, str]], bound: float
+    ) -> tuple[Layout, list[str], Agreement]:
+        """Run torch and the runtime on the example, and on its first input alone, and compare every output."""
+        session = self.load(path)
+        size = max((len(tensor) for name, tensor in example.items() if 0 in free.get(name, {})), default=1)
+        worst, relative = 0.0, 0.0
+        for count in sorted({1, size}):
+            part = {name: tensor[:count] if 0 in free.get(name, {}) else tensor for name, tensor in example.items()}
+            with torch.no_grad():
+                layout, named = named_outputs(plain(**part))
+            got = session(**{name: tensor.numpy() for name, tensor in part.items()})
+            if len(got) != len(named):
+                raise ArtifactError(f"{self.name} gives {len(got)} outputs, the torch model {len(named)}")
+            for (name, tensor), array in zip(named.items(), got):
+                want = tensor.detach().double().numpy()
+                if want.shape != array.shape:
+                    raise ArtifactError(f"{self.name} gives {name!r} of shape {array.shape} for a batch of {count}, the torch model {want.shape}")
+                if not np.isfinite(array).all():
+                    raise ArtifactError(f"{self.name} gives NaN or infinite values in {name!r}")
+                difference = np.abs(array.astype(np.float64) - want)
+                worst = max(worst, float(difference.max(initial=0)))
+                relative = max(relative, float(np.sqrt((difference**2).mean()) / max(np.sqrt((want**2).mean()), 1e-12)))
+        if relative > bound:
+            raise ArtifactError(f"the outputs of {self.name} differ from the torch model's by {relative:.2g} (relative), more than {bound:.2g}")
+        return layout, list(named), Agreement(batches=sorted({1, size}), max_abs=worst, relative=relative, bound=bound)
+
+
+def target(name: str, **settings: Any) -> Target:
+    """The target called `name` with these settings; raises one clear error if it is unknown or not installed."""
+    registry.load("targets")
+    if name not in Target.kinds:
+        raise RecipeError(f"there is no target {name!r}; the targets are: {', '.join(sorted(Target.kinds))}")
+    kind = Target.kinds[name]
+    if missing := kind.missing():
+        raise MissingExtra(f"the target {name} needs {', '.join(missing)}; run: pip install 'featherweight[{kind.extra or name}]'")
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        raise RecipeError(f"target {name}: {one_line(error)}") from error
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

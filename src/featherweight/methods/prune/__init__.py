@@ -1,0 +1,1 @@
+"""Pruning: connections, neurons and channels that are taken away."""
