@@ -12,32 +12,22 @@ UNSIGNED = (0, 255)
 class Port(nn.Module):
     """Quantize an activation to 8 bits with a fixed scale and zero point, and back; gradients pass straight through inside the range.
 
-    `scale` (float32) and `zero` (int32, 0 to 255) are scalars. In evaluation it computes with the operators
+    `value = (integer - zero) * scale` with integers from 0 to 255. In evaluation it computes with the operators
     `torch.ops.quantized_decomposed.{quantize,dequantize}_per_tensor`, which exporters know. Jacob et al., arXiv:1712.05877.
     """
 
-    scale: Tensor
-    zero: Tensor
-
     def __init__(self, scale: float = 1.0, zero: int = 0):
         super().__init__()
-        self.register_buffer("scale", torch.tensor(float(scale)))
-        self.register_buffer("zero", torch.tensor(int(zero), dtype=torch.int32))
+        self.scale, self.zero = float(scale), int(zero)
 
     def extra_repr(self) -> str:
-        return f"scale={float(self.scale):.3g}, zero={int(self.zero)}"
+        return f"scale={self.scale!r}, zero={self.zero}"
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            return _straight_through(x, self.scale, self.zero)
-        scale, zero = float(self.scale), int(self.zero)
-        values = torch.ops.quantized_decomposed.quantize_per_tensor(x, scale, zero, *UNSIGNED, torch.uint8)
-        return torch.ops.quantized_decomposed.dequantize_per_tensor(values, scale, zero, *UNSIGNED, torch.uint8)
-
-
-def _straight_through(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Fake quantization whose gradient is one inside the range and zero outside (Bengio et al., arXiv:1308.3432)."""
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, *UNSIGNED)
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, *UNSIGNED)
+        values = torch.ops.quantized_decomposed.quantize_per_tensor(x, self.scale, self.zero, *UNSIGNED, torch.uint8)
+        return torch.ops.quantized_decomposed.dequantize_per_tensor(values, self.scale, self.zero, *UNSIGNED, torch.uint8)
 
 
 @torch.library.custom_op("featherweight::dynamic_quantize", mutates_args=())
