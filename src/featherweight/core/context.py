@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from .data import to_device
@@ -19,29 +18,10 @@ from .fit import During, Term, Training, fit
 from .outputs import first
 from .progress import Progress
 from .recipe import Recipe
+from .record import LeftAlone as LeftAlone
+from .record import StepRecord as StepRecord
 from .step import Step
 from .task import Split, Task
-
-
-class LeftAlone(BaseModel):
-    """A layer that a step did not change, and why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    layer: str
-    reason: str
-
-
-class StepRecord(BaseModel):
-    """What a step did: which layers it changed and how, which it left alone and why, what the user should know."""
-
-    model_config = ConfigDict(extra="forbid")
-    step: dict[str, Any]
-    changed: dict[str, str] = {}
-    left: list[LeftAlone] = []
-    warnings: list[str] = []
-    seconds: float = 0.0
-    parameters_before: int = 0
-    parameters_after: int = 0
 
 
 @dataclass

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .context import StepRecord
 from .reading import Reading
+from .record import StepRecord
 
 Objective = Literal["latency", "size", "energy", "accuracy"]
 
