@@ -1,0 +1,28 @@
+"""What every test shares: two threads, fixed seeds, and a visible skip where the real data are absent."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+DATA = os.environ.get("FEATHERWEIGHT_DATA", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DATA and Path(DATA).is_dir():
+        return
+    reason = f"FEATHERWEIGHT_DATA is {f'{DATA}, which is no folder' if DATA else 'not set'}"
+    for item in items:
+        if item.get_closest_marker("data"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
