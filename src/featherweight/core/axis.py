@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import RecipeError
 from .machine import describe
 from .progress import Progress
 from .reading import Reading
+from .step import one_line
 from .target import Artifact
 from .task import Split, Task
 
@@ -64,4 +65,7 @@ def axis(name: str, **settings: Any) -> Axis:
     registry.load("axes")
     if name not in Axis.kinds:
         raise RecipeError(f"there is no axis {name!r}; the axes are: {', '.join(sorted(Axis.kinds))}")
-    return Axis.kinds[name](**settings)
+    try:
+        return Axis.kinds[name](**settings)
+    except ValidationError as error:
+        raise RecipeError(f"axis {name}: {one_line(error)}") from error

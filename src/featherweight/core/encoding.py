@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,4 @@ def spread(entry: Tensor, like: Tensor, axis: int | None) -> Tensor:
         return entry
     shape = [1] * like.dim()
     shape[axis] = -1
-    return torch.reshape(entry, shape)
+    return entry.reshape(shape)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from .errors import TaskError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Layout = Literal["single", "tuple", "dict"]
 
 
 def named_outputs(output: Any) -> tuple[Layout, dict[str, Tensor]]:
     """The layout of a model's output and its tensors by name; None entries are dropped, nested ones get dotted names."""
+    from torch import Tensor
+
     if isinstance(output, Tensor):
         return "single", {"output": output}
     if isinstance(output, Mapping):
@@ -25,6 +29,8 @@ def named_outputs(output: Any) -> tuple[Layout, dict[str, Tensor]]:
 
 
 def _flatten(prefix: str, items: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:
+    from torch import Tensor
+
     found: list[tuple[str, Tensor]] = []
     for key, value in items.items():
         name = f"{prefix}{key}"

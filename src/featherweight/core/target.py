@@ -8,20 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
 from .encoding import Encoding, Sparse
-from .errors import ArtifactError, MissingExtra, NotCarried, OutputError, RecipeError
+from .errors import ArtifactError, MissingExtra, NotCarried, RecipeError
 from .files import file_digest, folder_size, whole_folder, write_json
 from .outputs import Layout, named_outputs, rebuild
-from .soft import encodings, fold
 from .step import one_line
+
+if TYPE_CHECKING:  # a process that only runs an artifact must not carry torch: what it weighs there is what a user will see
+    from torch import Tensor, nn
 
 
 class Work(BaseModel):
@@ -32,6 +32,7 @@ class Work(BaseModel):
     macs: int
     integer_macs: int = 0
     weight_bytes: int
+    activation_bytes: int | None = None  # of all intermediate results and outputs, each once; None where it cannot be told
 
 
 class Input(BaseModel):
@@ -199,6 +200,8 @@ class Target(BaseModel, ABC):
         root mean square; default 1e-3 for floats, 0.1 where integers compute) of the torch model's. Raises `NotCarried` for a form that
         this target does not carry, `ArtifactError` if what was written is not what was asked for or does not agree.
         """
+        from .soft import encodings, fold
+
         free = {name: {0: "batch"} for name in example} if free is None else free
         asked = encodings(model)
         dense = sorted(name for name, encoding in asked.items() if isinstance(encoding, Sparse) and encoding.form not in self.carries)
@@ -245,6 +248,8 @@ class Target(BaseModel, ABC):
         self, plain: nn.Module, path: Path, example: dict[str, Tensor], free: dict[str, dict[int, str]], bound: float
     ) -> tuple[Layout, list[str], Agreement]:
         """Run torch and the runtime on the example, and on its first input alone, and compare every output."""
+        import torch
+
         session = self.load(path)
         size = max((len(tensor) for name, tensor in example.items() if 0 in free.get(name, {})), default=1)
         worst, relative = 0.0, 0.0

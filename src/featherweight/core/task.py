@@ -105,8 +105,8 @@ class Task:
         """The inputs in `batch`, by the name of the model's argument."""
         return bind(self.original, self.inputs(batch))
 
-    def call(self, model: nn.Module, batch: Any) -> Any:
-        """Run `model` on the inputs of `batch`."""
+    def call(self, model: Callable[..., Any], batch: Any) -> Any:
+        """Run `model` (or a loaded artifact, or anything that is called as the model is) on the inputs of `batch`."""
         given = self.inputs(batch)
         if isinstance(given, Mapping):
             return model(**given)
