@@ -13,26 +13,34 @@ class Arrays:
     """A map-style data set over tensors that share their first dimension; whole batches are indexed at once.
 
     An item is a tuple with one entry per tensor. `augment` (if given) changes the first tensor of a training batch; it gets the batch
-    and a `torch.Generator`.
+    and a `torch.Generator`. `convert` (if given) is applied to the first tensor of every batch, after `augment`: data may be kept as
+    bytes and become floats only when they are used.
     """
 
-    def __init__(self, *tensors: Tensor, augment: Callable[[Tensor, torch.Generator], Tensor] | None = None):
+    def __init__(
+        self,
+        *tensors: Tensor,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        convert: Callable[[Tensor], Tensor] | None = None,
+    ):
         lengths = {len(tensor) for tensor in tensors}
         if len(lengths) != 1:
             raise ValueError(f"the tensors must have one length; they have {sorted(lengths)}")
-        self.tensors, self.augment = tensors, augment
+        self.tensors, self.augment, self.convert = tensors, augment, convert
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(tensor[index] for tensor in self.tensors)
+        return tuple(items[0] for items in self.batch(torch.tensor([index])))
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """The items at `index` as one batch; augmented when a generator is given."""
         items = tuple(tensor[index] for tensor in self.tensors)
         if self.augment is not None and generator is not None:
             items = (self.augment(items[0], generator), *items[1:])
+        if self.convert is not None:
+            items = (self.convert(items[0]), *items[1:])
         return items
 
 

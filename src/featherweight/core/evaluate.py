@@ -1,4 +1,4 @@
-"""One pass over a split: what runs (a torch model or an artifact) gives outputs, the task's metric makes records of them."""
+"""One pass over a split: a torch model or an artifact gives outputs, the task's metric makes records of them."""
 
 from __future__ import annotations
 
