@@ -16,9 +16,12 @@ from .step import one_line
 from .target import Artifact
 from .task import Split, Task
 
+
 @dataclass
 class Bench:
-    """What an axis may read: the deployed artifacts (original, and compressed if there is one) and the task's data. No torch model."""
+    """What an axis may read: the deployed artifacts (original, and compressed if there is one) and the task's data. No
+    torch model.
+    """
 
     task: Task
     original: Artifact
@@ -35,12 +38,21 @@ class Bench:
     def reading(self, subject: str, axis: str, name: str, value: float, unit: str, **rest: Any) -> Reading:
         """A `Reading` with runtime and machine filled in."""
         artifact = self.subjects[subject]
-        runtime = " ".join([artifact.manifest.target["name"], *(artifact.manifest.versions.get(package, "") for package in artifact.target.packages[:1])])
-        return Reading(subject=subject, axis=axis, name=name, value=value, unit=unit, runtime=runtime, machine=describe(), **rest)  # type: ignore[arg-type]
+        runtime = " ".join(
+            [
+                artifact.manifest.target["name"],
+                *(artifact.manifest.versions.get(package, "") for package in artifact.target.packages[:1]),
+            ]
+        )
+        return Reading(
+            subject=subject, axis=axis, name=name, value=value, unit=unit, runtime=runtime, machine=describe(), **rest
+        )  # type: ignore[arg-type]
 
 
 class Axis(BaseModel, ABC):
-    """One file, one axis: reads artifacts and gives `Reading`s. Its docstring's first sentence says what it measures and how."""
+    """One file, one axis: reads artifacts and gives `Reading`s. Its docstring's first sentence says what it measures
+    and how.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

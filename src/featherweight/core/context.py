@@ -26,9 +26,11 @@ from .task import Split, Task
 
 @dataclass
 class Context:
-    """The task, the teacher, the device, randomness, training, progress: all that a step may ask of the outside. Nothing is global.
+    """The task, the teacher, the device, randomness, training, progress: all that a step may ask of the outside.
+    Nothing is global.
 
-    `width_multiple` is what the target's kernels like the number of channels to be a multiple of; 1 if there is no target.
+    `width_multiple` is what the target's kernels like the number of channels to be a multiple of; 1 if there is no
+    target.
     """
 
     task: Task
@@ -59,10 +61,15 @@ class Context:
             yield to_device(batch, self.device)
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, hooks: dict[str, Callable[[tuple[Any, ...], Any], None]], split: Split = "calibrate") -> None:
-        """Run `model` over a split and hand the inputs and the output of each named module to its hook, batch by batch."""
+    def observe(
+        self, model: nn.Module, hooks: dict[str, Callable[[tuple[Any, ...], Any], None]], split: Split = "calibrate"
+    ) -> None:
+        """Run `model` over a split; each hook gets the inputs and the output of its module, batch by batch."""
         modules = dict(model.named_modules())
-        handles = [modules[name].register_forward_hook(lambda _m, given, out, call=call: call(given, out)) for name, call in hooks.items()]
+        handles = [
+            modules[name].register_forward_hook(lambda _m, given, out, call=call: call(given, out))
+            for name, call in hooks.items()
+        ]
         was_training = model.training
         model.to(self.device).eval()
         try:
@@ -75,7 +82,14 @@ class Context:
             for handle in handles:
                 handle.remove()
 
-    def fit(self, model: nn.Module, training: Training, term: Term | None = None, during: During | None = None, text: str = "training") -> float:
+    def fit(
+        self,
+        model: nn.Module,
+        training: Training,
+        term: Term | None = None,
+        during: During | None = None,
+        text: str = "training",
+    ) -> float:
         """Train `model` in place; see `featherweight.core.fit.fit`."""
         return fit(model, self, training, term, during, text)
 
@@ -112,7 +126,9 @@ def run_step(item: Step, model: nn.Module, ctx: Context) -> tuple[nn.Module, Ste
     ctx.record.parameters_after = count_parameters(model)
     reasons = "; ".join(sorted({f"{left.layer}: {left.reason}" for left in ctx.record.left})[:3])
     if fingerprint(model) == before:
-        raise NoEffect(f"{item.kind} changed nothing{': ' + reasons if reasons else ''}; remove it or change its settings")
+        raise NoEffect(
+            f"{item.kind} changed nothing{': ' + reasons if reasons else ''}; remove it or change its settings"
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NotFinite(f"after {item.kind} the tensor {name!r} holds NaN or infinite values")

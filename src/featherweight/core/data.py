@@ -12,9 +12,9 @@ from torch import Tensor
 class Arrays:
     """A map-style data set over tensors that share their first dimension; whole batches are indexed at once.
 
-    An item is a tuple with one entry per tensor. `augment` (if given) changes the first tensor of a training batch; it gets the batch
-    and a `torch.Generator`. `convert` (if given) is applied to the first tensor of every batch, after `augment`: data may be kept as
-    bytes and become floats only when they are used.
+    An item is a tuple with one entry per tensor. `augment` (if given) changes the first tensor of a training batch; it
+    gets the batch and a `torch.Generator`. `convert` (if given) is applied to the first tensor of every batch, after
+    `augment`: data may be kept as bytes and become floats only when they are used.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ def is_map_style(data: Any) -> bool:
 
 
 def batches(data: Any, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
-    """Batches of `data`: in order, or shuffled (and augmented) by `generator`. An iterable of batches is passed through as it is."""
+    """Batches of `data`: in order, or shuffled (and augmented) by `generator`. An iterable of batches is passed through
+    as it is.
+    """
     if not is_map_style(data):
         yield from data
         return

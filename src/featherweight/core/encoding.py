@@ -29,8 +29,9 @@ class Encoding:
 class Affine(Encoding):
     """Integers with a scale and a zero point: `weight = (values - zero) * scale`.
 
-    `values` has the weight's shape, in int8 or uint8 even below 8 bits. `scale` (float32) and `zero` (the type of `values`) are scalars
-    (per tensor, `axis` None) or have one entry per index of `axis` (per channel). Jacob et al., arXiv:1712.05877.
+    `values` has the weight's shape, in int8 or uint8 even below 8 bits. `scale` (float32) and `zero` (the type of
+    `values`) are scalars (per tensor, `axis` None) or have one entry per index of `axis` (per channel). Jacob et al.,
+    arXiv:1712.05877.
     """
 
     kind: ClassVar[str] = "affine"
@@ -45,12 +46,16 @@ class Affine(Encoding):
         return f"{'int' if self.values.dtype.is_signed else 'uint'}{self.bits}"
 
     def decode(self) -> Tensor:
-        return (self.values.float() - spread(self.zero.float(), self.values, self.axis)) * spread(self.scale, self.values, self.axis)
+        return (self.values.float() - spread(self.zero.float(), self.values, self.axis)) * spread(
+            self.scale, self.values, self.axis
+        )
 
 
 @dataclass(frozen=True)
 class Sparse(Encoding):
-    """Floats of which only some positions are kept; the others are zero. `keep` is a boolean mask of the weight's shape."""
+    """Floats of which only some positions are kept; the others are zero. `keep` is a boolean mask of the weight's
+    shape.
+    """
 
     kind: ClassVar[str] = "sparse"
     values: Tensor

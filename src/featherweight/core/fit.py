@@ -22,7 +22,8 @@ During = Callable[[nn.Module, float], None]  # (model, t in [0, 1]) -> None, cal
 
 
 class Training(BaseModel):
-    """How a model is trained: cosine schedule with linear warm-up, gradient clipping, optionally a teacher's soft targets.
+    """How a model is trained: cosine schedule with linear warm-up, gradient clipping, optionally a teacher's soft
+    targets.
 
     `teacher` is the weight of the original model's soft targets in the loss (the task's own loss gets the rest).
     """
@@ -46,7 +47,8 @@ def task_loss(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened class distributions, times temperature squared (Hinton et al., arXiv:1503.02531).
+    """Kullback-Leibler divergence of softened class distributions, times temperature squared (Hinton et al.,
+    arXiv:1503.02531).
 
     Both are logits, N x ... x classes; the mean is over all but the last dimension.
     """
@@ -56,14 +58,22 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def soft_targets(temperature: float, teachers: Sequence[nn.Module] = ()) -> Term:
-    """A term that pulls the student's softened classes to the teacher's (or to the mean of an ensemble's probabilities)."""
+    """A term that pulls the student's softened classes to the teacher's (or to the mean of an ensemble's
+    probabilities).
+    """
 
     def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
         with torch.no_grad():
             logits = [first(ctx.task.call(teacher, batch)).float() for teacher in (teachers or (ctx.teacher,))]
             target = logits[0]
             if len(logits) > 1:
-                target = torch.stack([torch.softmax(item / temperature, -1) for item in logits]).mean(0).clamp_min(1e-12).log() * temperature
+                target = (
+                    torch.stack([torch.softmax(item / temperature, -1) for item in logits])
+                    .mean(0)
+                    .clamp_min(1e-12)
+                    .log()
+                    * temperature
+                )
         return soft_cross_entropy(first(output), target, temperature)
 
     return term
@@ -79,10 +89,18 @@ def weighted(terms: Sequence[tuple[float, Term]]) -> Term:
     return term
 
 
-def fit(model: nn.Module, ctx: Context, training: Training, term: Term | None = None, during: During | None = None, text: str = "training") -> float:
+def fit(
+    model: nn.Module,
+    ctx: Context,
+    training: Training,
+    term: Term | None = None,
+    during: During | None = None,
+    text: str = "training",
+) -> float:
     """Train `model` in place on the task's training data; return the mean loss over the last epoch's worth of steps.
 
-    Raises `NotFinite` as soon as the loss is NaN or infinite, `TaskError` if there are no training data or nothing to train.
+    Raises `NotFinite` as soon as the loss is NaN or infinite, `TaskError` if there are no training data or nothing to
+    train.
     """
     if term is None:
         term = weighted([(1 - training.teacher, task_loss), (training.teacher, soft_targets(training.temperature))])
@@ -107,7 +125,10 @@ def fit(model: nn.Module, ctx: Context, training: Training, term: Term | None = 
             batch = to_device(batch, ctx.device)
             loss = term(model, batch, ctx.task.call(model, batch), ctx)
             if not torch.isfinite(loss):
-                raise NotFinite(f"the loss became {float(loss)} at step {done + 1} of {total} of {text}; lower lr (it is {training.lr})")
+                raise NotFinite(
+                    f"the loss became {float(loss)} at step {done + 1} of {total} of {text}; "
+                    f"lower lr (it is {training.lr})"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, training.clip)
@@ -139,12 +160,16 @@ def _endless(ctx: Context, size: int, generator: torch.Generator, total: int) ->
             if done == total:
                 return
         if done == before:
-            raise TaskError(f"task {ctx.task.name}: the 'train' data gave no batch; an iterable of batches must start anew each time")
+            raise TaskError(
+                f"task {ctx.task.name}: the 'train' data gave no batch; an iterable must start anew each time"
+            )
 
 
 def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=training.lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=training.lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay
+        )
     return torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
 
 

@@ -39,9 +39,10 @@ def close(one: Any, other: Any) -> np.ndarray:
 class Metric:
     """A figure of merit over a whole split.
 
-    `record(output, batch)` gives one row per input (a number, or a few that `reduce` needs together); `reduce(records)` the figure.
-    Outputs are numpy arrays in the layout that the torch model returns. `agree(output, other)` gives, per input, how far two outputs agree
-    (0 to 1). Splitting the two lets one pass over the artifact serve the figure, its bootstrap interval and the paired difference.
+    `record(output, batch)` gives one row per input (a number, or a few that `reduce` needs together); `reduce(records)`
+    the figure. Outputs are numpy arrays in the layout that the torch model returns. `agree(output, other)` gives, per
+    input, how far two outputs agree (0 to 1). Splitting the two lets one pass over the artifact serve the figure, its
+    bootstrap interval and the paired difference.
     """
 
     name: str
@@ -59,9 +60,16 @@ class Metric:
         """95% interval of the figure: percentile bootstrap over inputs (Efron 1979)."""
         return _interval([self.reduce(records[index]) for index in _resamples(len(records), resamples, seed)])
 
-    def drop_interval(self, original: Records, compressed: Records, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    def drop_interval(
+        self, original: Records, compressed: Records, resamples: int = 1000, seed: int = 0
+    ) -> tuple[float, float]:
         """95% interval of the drop between two sets of records of the same inputs: paired bootstrap."""
-        return _interval([self.drop(self.reduce(original[i]), self.reduce(compressed[i])) for i in _resamples(len(original), resamples, seed)])
+        return _interval(
+            [
+                self.drop(self.reduce(original[i]), self.reduce(compressed[i]))
+                for i in _resamples(len(original), resamples, seed)
+            ]
+        )
 
 
 def _resamples(count: int, resamples: int, seed: int) -> Any:

@@ -16,7 +16,9 @@ Layout = Literal["single", "tuple", "dict"]
 
 
 def named_outputs(output: Any) -> tuple[Layout, dict[str, Tensor]]:
-    """The layout of a model's output and its tensors by name; None entries are dropped, nested ones get dotted names."""
+    """The layout of a model's output and its tensors by name; None entries are dropped, nested ones get dotted
+    names.
+    """
     from torch import Tensor
 
     if isinstance(output, Tensor):
@@ -25,7 +27,9 @@ def named_outputs(output: Any) -> tuple[Layout, dict[str, Tensor]]:
         return "dict", dict(_flatten("", output))
     if isinstance(output, tuple | list):
         return "tuple", {f"output_{name}": tensor for name, tensor in _flatten("", dict(enumerate(output)))}
-    raise TaskError(f"the model returns {type(output).__name__}; it must return a tensor, or a tuple or dict of tensors")
+    raise TaskError(
+        f"the model returns {type(output).__name__}; it must return a tensor, or a tuple or dict of tensors"
+    )
 
 
 def _flatten(prefix: str, items: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:
@@ -41,7 +45,10 @@ def _flatten(prefix: str, items: Mapping[Any, Any]) -> list[tuple[str, Tensor]]:
         elif isinstance(value, tuple | list):
             found += _flatten(f"{name}.", dict(enumerate(value)))
         elif value is not None:
-            raise TaskError(f"the model's output {name!r} is {type(value).__name__}; outputs must be tensors (for a Hugging Face model set use_cache=False)")
+            raise TaskError(
+                f"the model's output {name!r} is {type(value).__name__}; outputs must be tensors "
+                "(for a Hugging Face model set use_cache=False)"
+            )
     return found
 
 
@@ -55,7 +62,13 @@ def rebuild(layout: str, named: Mapping[str, np.ndarray]) -> Any:
 def as_arrays(output: Any) -> Any:
     """A torch model's output as numpy arrays in the same layout as an artifact gives them."""
     layout, named = named_outputs(output)
-    return rebuild(layout, {name: tensor.detach().float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy() for name, tensor in named.items()})
+    return rebuild(
+        layout,
+        {
+            name: tensor.detach().float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+            for name, tensor in named.items()
+        },
+    )
 
 
 def first(output: Any) -> Any:

@@ -34,7 +34,7 @@ class Reading(BaseModel):
 def find(readings: list[Reading], subject: str, name: str, **conditions: int | float | str) -> Reading | None:
     """The first reading of `subject` called `name` whose conditions include `conditions`; None if there is none."""
     for reading in readings:
-        if reading.subject == subject and reading.name == name:
-            if all(reading.conditions.get(key) == value for key, value in conditions.items()):
-                return reading
+        fits = all(reading.conditions.get(key) == value for key, value in conditions.items())
+        if fits and reading.subject == subject and reading.name == name:
+            return reading
     return None

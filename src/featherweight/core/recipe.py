@@ -20,7 +20,9 @@ class Recipe:
     """An ordered list of steps with an optional name and notes; equal recipes have equal digests."""
 
     def __init__(self, steps: Iterable[Step | dict[str, Any]] = (), name: str = "", notes: str = ""):
-        self.steps: tuple[Step, ...] = tuple(item if isinstance(item, Step) else _step(item, place) for place, item in enumerate(steps, 1))
+        self.steps: tuple[Step, ...] = tuple(
+            item if isinstance(item, Step) else _step(item, place) for place, item in enumerate(steps, 1)
+        )
         self.name, self.notes = name, notes
 
     @classmethod
@@ -30,7 +32,9 @@ class Recipe:
             raise RecipeError(f"{source}: a recipe is a mapping with 'steps', this is {type(value).__name__}")
         unknown = sorted(str(key) for key in set(value) - {"steps", "name", "notes"})
         if unknown:
-            raise RecipeError(f"{source}: there is no entry {unknown[0]!r} in a recipe; the entries are steps, name, notes")
+            raise RecipeError(
+                f"{source}: there is no entry {unknown[0]!r} in a recipe; the entries are steps, name, notes"
+            )
         steps = value.get("steps")
         if not isinstance(steps, list) or not steps:
             raise RecipeError(f"{source}: 'steps' must be a list of at least one step")
@@ -70,7 +74,7 @@ class Recipe:
         for place, item in enumerate(self.steps, 1):
             for trait in type(item).needs & ~have:
                 raise RecipeError(
-                    f"step {place} ({item.kind}) needs a model that is still {trait.name.lower() if trait.name else trait}, "  # type: ignore[union-attr]
+                    f"step {place} ({item.kind}) needs a model that is still {str(trait.name).lower()}, "
                     f"but step {taken[trait]} ({self.steps[taken[trait] - 1].kind}) ended that; put {item.kind} before it"
                 )
             for trait in type(item).takes & have:
@@ -79,8 +83,8 @@ class Recipe:
             if target is not None:
                 for form in sorted(item.forms() - target.carries):
                     raise NotCarried(
-                        f"step {place} ({item.kind}) stores weights as {form}, which the target {target.name} does not carry; "
-                        f"it carries: {', '.join(sorted(target.carries)) or 'plain floats only'}"
+                        f"step {place} ({item.kind}) stores weights as {form}, which the target {target.name} "
+                        f"does not carry; it carries: {', '.join(sorted(target.carries)) or 'plain floats only'}"
                     )
 
     def __eq__(self, other: object) -> bool:
@@ -98,7 +102,9 @@ class Recipe:
 
 def _step(item: Any, place: int) -> Step:
     if not isinstance(item, dict) or not isinstance(item.get("kind"), str):
-        raise RecipeError(f"step {place} must be a mapping with a 'kind', such as {{kind: quantize.static}}; it is {item!r}")
+        raise RecipeError(
+            f"step {place} must be a mapping with a 'kind', such as {{kind: quantize.static}}; it is {item!r}"
+        )
     settings = {str(key): value for key, value in item.items() if key != "kind"}
     try:
         return step(item["kind"], **settings)
@@ -108,5 +114,7 @@ def _step(item: Any, place: int) -> Step:
 
 def _brief(item: Step) -> str:
     settings = {key: value for key, value in item.dump().items() if key != "kind"}
-    text = ", ".join(f"{key}={round(value, 3) if isinstance(value, float) else value}" for key, value in settings.items())
+    text = ", ".join(
+        f"{key}={round(value, 3) if isinstance(value, float) else value}" for key, value in settings.items()
+    )
     return f"{item.kind}({text})" if text else item.kind

@@ -34,4 +34,6 @@ def need(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and not package.startswith(error.name):
             raise
-        raise MissingExtra(f"the package {package} is not installed; run: pip install 'featherweight[{extra}]'") from error
+        raise MissingExtra(
+            f"the package {package} is not installed; run: pip install 'featherweight[{extra}]'"
+        ) from error

@@ -15,8 +15,8 @@ Objective = Literal["latency", "size", "energy", "accuracy"]
 class Budget(BaseModel):
     """The user's bar: what may be lost, what must be reached, and what is to be made as good as possible.
 
-    `max_drop` is in the metric's own unit, in its bad direction; `max_size` in bytes of the artifact; `max_latency` in milliseconds (p50, batch 1,
-    one thread).
+    `max_drop` is in the metric's own unit, in its bad direction; `max_size` in bytes of the artifact; `max_latency` in
+    milliseconds (p50, batch 1, one thread).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,7 +49,9 @@ class Candidate(BaseModel):
 
 
 class Stage(BaseModel):
-    """The model after one more step of the chosen recipe: figures of its artifact on the validation split. The first stage is the original."""
+    """The model after one more step of the chosen recipe: figures of its artifact on the validation split. The first
+    stage is the original.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -16,9 +16,10 @@ from .encoding import Encoding
 class Link(nn.Module):
     """One link of the chain `weight -> decode(encode(weight))` on a parameter; gradients pass through `forward`.
 
-    A subclass registers itself with `kind=`, keeps its tensors as buffers or parameters, and gives the plain constructor values that
-    rebuild it as `settings()` (JSON), so that any chain can be saved and rebuilt. `encode(weight)` names the Encoding of the value that
-    `forward(weight)` returns, or None if the link is no form of storage. `decode(encode(w))` equals `forward(w)`.
+    A subclass registers itself with `kind=`, keeps its tensors as buffers or parameters, and gives the plain
+    constructor values that rebuild it as `settings()` (JSON), so that any chain can be saved and rebuilt.
+    `encode(weight)` names the Encoding of the value that `forward(weight)` returns, or None if the link is no form of
+    storage. `decode(encode(w))` equals `forward(w)`.
     """
 
     kinds: ClassVar[dict[str, type[Link]]] = {}
@@ -70,7 +71,8 @@ def chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[Link]]]
 def encodings(model: nn.Module) -> dict[str, Encoding]:
     """The Encoding of every soft weight, by the weight's full name: that of the last link of its chain which names one.
 
-    A link that names no Encoding may only follow one that does if it changes nothing; otherwise the value is stored plain.
+    A link that names no Encoding may only follow one that does if it changes nothing; otherwise the value is stored
+    plain.
     """
     found: dict[str, Encoding] = {}
     for name, module, attribute, links in chains(model):

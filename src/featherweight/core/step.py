@@ -40,7 +40,9 @@ class Place(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Between:
-    """The range of a number that the search explores, beside the setting itself: `Annotated[float, Between(0.1, 0.9)]`."""
+    """The range of a number that the search explores, beside the setting itself: `Annotated[float, Between(0.1,
+    0.9)]`.
+    """
 
     low: float
     high: float
@@ -60,8 +62,9 @@ class OneOf:
 class Step(BaseModel):
     """One compression method with its settings: a frozen value that turns a model into a model.
 
-    A method is a subclass in a file of its own: `class MagnitudePrune(Step, kind="prune.magnitude")`. Its docstring's first sentence
-    says what it does to the model, `paper` where it comes from. `apply` may change and return the model it is given (a copy).
+    A method is a subclass in a file of its own: `class MagnitudePrune(Step, kind="prune.magnitude")`. Its docstring's
+    first sentence says what it does to the model, `paper` where it comes from. `apply` may change and return the model
+    it is given (a copy).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -95,7 +98,7 @@ class Step(BaseModel):
         return self.trains or getattr(self, "retrain", None) is not None
 
     def dump(self) -> dict[str, Any]:
-        """The mapping that stands for this step in a recipe: its kind and the settings that differ from the defaults."""
+        """The mapping that stands for this step in a recipe: kind, and settings that differ from the defaults."""
         return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True)}
 
     def full(self) -> dict[str, Any]:
@@ -104,7 +107,9 @@ class Step(BaseModel):
 
 
 def step(kind: str, **settings: Any) -> Step:
-    """The step called `kind` with these settings; unknown names and values out of range raise `RecipeError` in one line."""
+    """The step called `kind` with these settings; unknown names and values out of range raise `RecipeError` in one
+    line.
+    """
     registry.load("methods")
     if kind not in Step.kinds:
         raise RecipeError(f"there is no method {kind!r}; the methods are: {', '.join(sorted(Step.kinds))}")

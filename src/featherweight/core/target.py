@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,7 +19,9 @@ from .files import file_digest, folder_size, whole_folder, write_json
 from .outputs import Layout, named_outputs, rebuild
 from .step import one_line
 
-if TYPE_CHECKING:  # a process that only runs an artifact must not carry torch: what it weighs there is what a user will see
+if (
+    TYPE_CHECKING
+):  # a process that only runs an artifact must not carry torch: what it weighs there is what a user will see
     from torch import Tensor, nn
 
 
@@ -32,7 +33,9 @@ class Work(BaseModel):
     macs: int
     integer_macs: int = 0
     weight_bytes: int
-    activation_bytes: int | None = None  # of all intermediate results and outputs, each once; None where it cannot be told
+    activation_bytes: int | None = (
+        None  # of all intermediate results and outputs, each once; None where it cannot be told
+    )
 
 
 class Input(BaseModel):
@@ -45,7 +48,9 @@ class Input(BaseModel):
 
 
 class Agreement(BaseModel):
-    """How far the artifact's outputs are from the torch model's on real inputs; `relative` is root mean square over that of the outputs."""
+    """How far the artifact's outputs are from the torch model's on real inputs; `relative` is root mean square over
+    that of the outputs.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     batches: list[int]
@@ -124,7 +129,9 @@ class Artifact:
 
 
 class Runner:
-    """A loaded artifact: called with arrays or tensors by position or name, it gives numpy arrays in the torch model's layout."""
+    """A loaded artifact: called with arrays or tensors by position or name, it gives numpy arrays in the torch model's
+    layout.
+    """
 
     def __init__(self, session: Session, manifest: Manifest):
         self.session, self.manifest = session, manifest
@@ -132,14 +139,22 @@ class Runner:
     def prepare(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         """The inputs by name, as contiguous arrays of the artifact's types."""
         named = {**dict(zip((item.name for item in self.manifest.inputs), args)), **kwargs}
-        return {item.name: np.ascontiguousarray(named[item.name], dtype=item.dtype) for item in self.manifest.inputs if item.name in named}
+        return {
+            item.name: np.ascontiguousarray(named[item.name], dtype=item.dtype)
+            for item in self.manifest.inputs
+            if item.name in named
+        }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return rebuild(self.manifest.layout, dict(zip(self.manifest.outputs, self.session(**self.prepare(*args, **kwargs)))))
+        return rebuild(
+            self.manifest.layout, dict(zip(self.manifest.outputs, self.session(**self.prepare(*args, **kwargs))))
+        )
 
 
 class Target(BaseModel, ABC):
-    """A runtime with its settings: writes a file from a model, loads it, runs it, and reads back what really lies on the disk."""
+    """A runtime with its settings: writes a file from a model, loads it, runs it, and reads back what really lies on
+    the disk.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -158,8 +173,18 @@ class Target(BaseModel, ABC):
             Target.kinds[name] = cls
 
     @abstractmethod
-    def write(self, plain: nn.Module, stored: dict[str, Encoding], example: dict[str, Tensor], free: dict[str, dict[int, str]], path: Path) -> None:
-        """Write `plain` (floats) to `path`, each weight named in `stored` in that form. `free` says which input dimensions are dynamic."""
+    def write(
+        self,
+        plain: nn.Module,
+        stored: dict[str, Encoding],
+        example: dict[str, Tensor],
+        free: dict[str, dict[int, str]],
+        path: Path,
+    ) -> None:
+        """Write `plain` (floats) to `path`, each weight named in `stored` in that form. `free` says which input
+        dimensions
+        are dynamic.
+        """
 
     @abstractmethod
     def load(self, path: Path, threads: int = 1) -> Session:
@@ -196,19 +221,28 @@ class Target(BaseModel, ABC):
     ) -> Artifact:
         """Write, load, run, compare, read back: an artifact that was never run does not leave this function.
 
-        `example` holds at least two real inputs by name; it is run at batch 1 and at its full batch. The outputs must be within `bound` (relative
-        root mean square; default 1e-3 for floats, 0.1 where integers compute) of the torch model's. Raises `NotCarried` for a form that
-        this target does not carry, `ArtifactError` if what was written is not what was asked for or does not agree.
+        `example` holds at least two real inputs by name; it is run at batch 1 and at its full batch. The outputs must
+        be
+        within `bound` (relative root mean square; default 1e-3 for floats, 0.1 where integers compute) of the torch
+        model's. Raises `NotCarried` for a form that this target does not carry, `ArtifactError` if what was written
+        is not
+        what was asked for or does not agree.
         """
         from .soft import encodings, fold
 
         free = {name: {0: "batch"} for name in example} if free is None else free
         asked = encodings(model)
-        dense = sorted(name for name, encoding in asked.items() if isinstance(encoding, Sparse) and encoding.form not in self.carries)
+        dense = sorted(
+            name
+            for name, encoding in asked.items()
+            if isinstance(encoding, Sparse) and encoding.form not in self.carries
+        )
         stored = {name: encoding for name, encoding in asked.items() if name not in dense}
         for name, encoding in stored.items():
             if encoding.form not in self.carries:
-                raise NotCarried(f"the weight {name!r} is stored as {encoding.form}, which the target {self.name} does not carry")
+                raise NotCarried(
+                    f"the weight {name!r} is stored as {encoding.form}, which the target {self.name} does not carry"
+                )
         plain = fold(model).cpu().eval()
         example = {name: tensor.detach().cpu() for name, tensor in example.items()}
         if bound is None:
@@ -219,7 +253,9 @@ class Target(BaseModel, ABC):
             found = self.stored(path)
             for name, encoding in stored.items():
                 if found.get(name) != encoding.form:
-                    raise ArtifactError(f"{self.name} stored {name!r} as {found.get(name, 'nothing')}, not as {encoding.form}")
+                    raise ArtifactError(
+                        f"{self.name} stored {name!r} as {found.get(name, 'nothing')}, not as {encoding.form}"
+                    )
             layout, outputs, agreement = self._compare(plain, path, example, free, bound)
             arrays = {name: tensor.numpy() for name, tensor in example.items()}
             np.savez(temporary / "example.npz", **arrays)  # type: ignore[arg-type]
@@ -227,7 +263,11 @@ class Target(BaseModel, ABC):
                 target={"name": self.name, **self.model_dump(mode="json")},
                 file=self.file,
                 inputs=[
-                    Input(name=name, shape=[-1 if place in free.get(name, {}) else size for place, size in enumerate(array.shape)], dtype=str(array.dtype))
+                    Input(
+                        name=name,
+                        shape=[-1 if place in free.get(name, {}) else size for place, size in enumerate(array.shape)],
+                        dtype=str(array.dtype),
+                    )
                     for name, array in arrays.items()
                 ],
                 layout=layout,
@@ -238,7 +278,11 @@ class Target(BaseModel, ABC):
                 work=self.work(path, arrays),
                 agreement=agreement,
                 recipe=recipe or {"steps": []},
-                digests={str(file.relative_to(temporary)): file_digest(file) for file in sorted(temporary.rglob("*")) if file.is_file()},
+                digests={
+                    str(file.relative_to(temporary)): file_digest(file)
+                    for file in sorted(temporary.rglob("*"))
+                    if file.is_file()
+                },
                 versions=_versions("featherweight", "torch", *self.packages),
             )
             write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
@@ -263,14 +307,20 @@ class Target(BaseModel, ABC):
             for (name, tensor), array in zip(named.items(), got):
                 want = tensor.detach().double().numpy()
                 if want.shape != array.shape:
-                    raise ArtifactError(f"{self.name} gives {name!r} of shape {array.shape} for a batch of {count}, the torch model {want.shape}")
+                    raise ArtifactError(
+                        f"{self.name} gives {name!r} of shape {array.shape} for a batch of {count}, "
+                        f"the torch model {want.shape}"
+                    )
                 if not np.isfinite(array).all():
                     raise ArtifactError(f"{self.name} gives NaN or infinite values in {name!r}")
                 difference = np.abs(array.astype(np.float64) - want)
                 worst = max(worst, float(difference.max(initial=0)))
                 relative = max(relative, float(np.sqrt((difference**2).mean()) / max(np.sqrt((want**2).mean()), 1e-12)))
         if relative > bound:
-            raise ArtifactError(f"the outputs of {self.name} differ from the torch model's by {relative:.2g} (relative), more than {bound:.2g}")
+            raise ArtifactError(
+                f"the outputs of {self.name} differ from the torch model's by {relative:.2g} (relative), "
+                f"more than {bound:.2g}"
+            )
         return layout, list(named), Agreement(batches=sorted({1, size}), max_abs=worst, relative=relative, bound=bound)
 
 
@@ -281,7 +331,9 @@ def target(name: str, **settings: Any) -> Target:
         raise RecipeError(f"there is no target {name!r}; the targets are: {', '.join(sorted(Target.kinds))}")
     kind = Target.kinds[name]
     if missing := kind.missing():
-        raise MissingExtra(f"the target {name} needs {', '.join(missing)}; run: pip install 'featherweight[{kind.extra or name}]'")
+        raise MissingExtra(
+            f"the target {name} needs {', '.join(missing)}; run: pip install 'featherweight[{kind.extra or name}]'"
+        )
     try:
         return kind(**settings)
     except ValidationError as error:

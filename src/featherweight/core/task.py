@@ -29,7 +29,9 @@ LABEL_NAMES = ("labels", "label", "target", "targets", "y")
 
 
 def default_inputs(batch: Any) -> Any:
-    """What of a batch goes into the model: of a mapping all but the labels, of a pair (inputs, labels) the inputs, else the batch."""
+    """What of a batch goes into the model: of a mapping all but the labels, of a pair (inputs, labels) the inputs, else
+    the batch.
+    """
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in LABEL_NAMES}
     if isinstance(batch, tuple | list) and len(batch) > 1:
@@ -45,7 +47,9 @@ def labels(batch: Any) -> Any:
                 return batch[name]
     if isinstance(batch, tuple | list) and len(batch) > 1:
         return batch[-1]
-    raise TaskError("a batch has no labels: give (inputs, labels) or a mapping with 'labels', or a loss and a metric of your own")
+    raise TaskError(
+        "a batch has no labels: give (inputs, labels) or a mapping with 'labels', or a loss and a metric of your own"
+    )
 
 
 def cross_entropy(output: Any, batch: Any) -> Tensor:
@@ -57,11 +61,12 @@ def cross_entropy(output: Any, batch: Any) -> Tensor:
 class Task:
     """A model, data to train, calibrate, validate and test, a loss, and a metric with its direction.
 
-    `model` is a module or a function that gives one. Each split is a map-style data set (batched here) or an iterable of batches that can
-    be gone through more than once. `inputs(batch)` says what goes into the model: a tensor, a tuple (positional) or a mapping (keywords).
-    `loss(output, batch)` gets the model's own output; `metric` gets numpy arrays. `dynamic` names the free dimensions of each input
-    ({"x": {0: "batch"}}); by default the first dimension of every input is the batch. `fingerprint` stands for model code and data in
-    digests; without it the data are hashed. `calibrate` falls back to the first 512 inputs of `train`; `validate` has no fallback.
+    `model` is a module or a function that gives one. Each split is a map-style data set (batched here) or an iterable
+    of batches that can be gone through more than once. `inputs(batch)` says what goes into the model: a tensor, a tuple
+    (positional) or a mapping (keywords). `loss(output, batch)` gets the model's own output; `metric` gets numpy arrays.
+    `dynamic` names the free dimensions of each input ({"x": {0: "batch"}}); by default the first dimension of every
+    input is the batch. `fingerprint` stands for model code and data in digests; without it the data are hashed.
+    `calibrate` falls back to the first 512 inputs of `train`; `validate` has no fallback.
     """
 
     name: str
@@ -89,7 +94,9 @@ class Task:
             raise TaskError(f"the model of task {self.name} is {type(made).__name__}, not a torch.nn.Module")
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NotFinite(f"task {self.name}: the weight {name!r} holds NaN or infinite values; repair the model first")
+                raise NotFinite(
+                    f"task {self.name}: the weight {name!r} holds NaN or infinite values; repair the model first"
+                )
         return made if not made.training else copy.deepcopy(made).eval()
 
     def fresh(self) -> nn.Module:
@@ -121,7 +128,10 @@ class Task:
                 if batch is None:
                     raise TaskError(f"task {self.name}: the split {split!r} is empty")
                 named = self.named_inputs(batch)
-                return {name: tensor[:2].clone() if 0 in self.free(name) else tensor.clone() for name, tensor in named.items()}
+                return {
+                    name: tensor[:2].clone() if 0 in self.free(name) else tensor.clone()
+                    for name, tensor in named.items()
+                }
         raise TaskError(f"task {self.name} has no data; give at least calibrate and test")
 
     def free(self, name: str) -> dict[int, str]:
@@ -136,8 +146,12 @@ class Task:
         own = getattr(self, split)
         return self.train if own is None and split == "calibrate" else own
 
-    def batches(self, split: Split, batch_size: int | None = None, generator: torch.Generator | None = None) -> Iterator[Any]:
-        """Batches of a split; shuffled and augmented if `generator` is given. Calibration stops at `calibration_limit` inputs."""
+    def batches(
+        self, split: Split, batch_size: int | None = None, generator: torch.Generator | None = None
+    ) -> Iterator[Any]:
+        """Batches of a split; shuffled and augmented if `generator` is given. Calibration stops at `calibration_limit`
+        inputs.
+        """
         data = self._data(split)
         if data is None:
             raise TaskError(f"task {self.name} has no {split!r} data, which this needs")
@@ -229,7 +243,10 @@ def bind(model: nn.Module, given: Any) -> dict[str, Tensor]:
             named[name] = value
     for name, value in named.items():
         if not isinstance(value, Tensor):
-            raise TaskError(f"the input {name!r} is {type(value).__name__}, not a tensor; wrap the model so that each input is one tensor")
+            raise TaskError(
+                f"the input {name!r} is {type(value).__name__}, not a tensor; "
+                "wrap the model so that each input is one tensor"
+            )
     return named
 
 

@@ -18,9 +18,9 @@ Free = dict[str, dict[int, str]]
 def capture(model: nn.Module, example: dict[str, Tensor], free: Free) -> ExportedProgram:
     """Export `model` (evaluation mode) with the dimensions in `free` dynamic: input name -> {dimension: label}.
 
-    Where Python code fixes a size (such as `len(x)`), which makes the exporter refuse, the model is exported at two sizes; the constants that
-    differ between the two graphs are what depends on the size, and are put back as such. `example` holds at least two inputs. Raises
-    `TaskError` if the model cannot be exported.
+    Where Python code fixes a size (such as `len(x)`), which makes the exporter refuse, the model is exported at two
+    sizes; the constants that differ between the two graphs are what depends on the size, and are put back as such.
+    `example` holds at least two inputs. Raises `TaskError` if the model cannot be exported.
     """
     free = {name: dims for name, dims in free.items() if dims and name in example}
     try:
@@ -37,7 +37,9 @@ def capture(model: nn.Module, example: dict[str, Tensor], free: Free) -> Exporte
 
 
 def captured(model: nn.Module, example: dict[str, Tensor], free: Free) -> fx.GraphModule:
-    """`model` as a graph module of ATen operators that computes what it computes in evaluation mode; weights keep their full names."""
+    """`model` as a graph module of ATen operators that computes what it computes in evaluation mode; weights keep their
+    full names.
+    """
     module = capture(model, example, free).module(check_guards=False)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
@@ -46,7 +48,9 @@ def captured(model: nn.Module, example: dict[str, Tensor], free: Free) -> fx.Gra
 
 
 def plain_graph(module: nn.Module) -> fx.GraphModule:
-    """The graph and the submodules of `module` in an ordinary `torch.fx.GraphModule`, which can be trained, copied and edited."""
+    """The graph and the submodules of `module` in an ordinary `torch.fx.GraphModule`, which can be trained, copied and
+    edited.
+    """
     graph = module.graph
     graph.eliminate_dead_code()
     made = fx.GraphModule(module, graph, class_name="CapturedModel")
@@ -54,7 +58,7 @@ def plain_graph(module: nn.Module) -> fx.GraphModule:
 
 
 def _export(model: nn.Module, example: dict[str, Tensor], free: Free) -> ExportedProgram:
-    shapes = {name: {place: Dim.DYNAMIC for place in free.get(name, {})} or None for name in example}
+    shapes = {name: dict.fromkeys(free.get(name, {}), Dim.DYNAMIC) or None for name in example}
     clones = {name: tensor.detach().clone() for name, tensor in example.items()}
     with torch.no_grad():
         return torch.export.export(model, (), kwargs=clones, dynamic_shapes=shapes if free else None)
@@ -73,13 +77,19 @@ def _freed(model: nn.Module, example: dict[str, Tensor], free: Free) -> fx.Graph
     sizes = {label: _size(example, free, label) for label in names}
     sources = _insert_sizes(base, example, free, names)
     nodes = [node for node in base.graph.nodes if node.op == "call_function" and node not in sources.values()]
-    others_nodes = {label: [node for node in other.graph.nodes if node.op == "call_function"] for label, other in others.items()}
+    others_nodes = {
+        label: [node for node in other.graph.nodes if node.op == "call_function"] for label, other in others.items()
+    }
     for label, listed in others_nodes.items():
         if [node.target for node in listed] != [node.target for node in nodes]:
-            raise TaskError(f"the model computes differently when the dimension {label!r} grows by one; it cannot be left dynamic")
+            raise TaskError(
+                f"the model computes differently when the dimension {label!r} grows by one; it cannot be left dynamic"
+            )
     for place, node in enumerate(nodes):
         other_args = {label: (listed[place].args, listed[place].kwargs) for label, listed in others_nodes.items()}
-        node.args, node.kwargs = _merge((node.args, node.kwargs), other_args, sizes, _Builder(base.graph, node, sources))
+        node.args, node.kwargs = _merge(
+            (node.args, node.kwargs), other_args, sizes, _Builder(base.graph, node, sources)
+        )
     base.recompile()
     return base
 
@@ -89,7 +99,9 @@ def _static(model: nn.Module, example: dict[str, Tensor]) -> fx.GraphModule:
 
 
 def _size(example: dict[str, Tensor], free: Free, label: str) -> int:
-    return next(example[name].shape[place] for name, dims in free.items() for place, each in dims.items() if each == label)
+    return next(
+        example[name].shape[place] for name, dims in free.items() for place, each in dims.items() if each == label
+    )
 
 
 def _grown(example: dict[str, Tensor], free: Free, label: str) -> dict[str, Tensor]:
@@ -102,13 +114,17 @@ def _grown(example: dict[str, Tensor], free: Free, label: str) -> dict[str, Tens
     return grown
 
 
-def _insert_sizes(module: fx.GraphModule, example: dict[str, Tensor], free: Free, names: list[str]) -> dict[str, fx.Node]:
+def _insert_sizes(
+    module: fx.GraphModule, example: dict[str, Tensor], free: Free, names: list[str]
+) -> dict[str, fx.Node]:
     """One node per label that reads the size of that dimension off an input."""
     inputs = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
     last = list(inputs.values())[-1]
     sources = {}
     for label in names:
-        name, place = next((name, place) for name, dims in free.items() for place, each in dims.items() if each == label)
+        name, place = next(
+            (name, place) for name, dims in free.items() for place, each in dims.items() if each == label
+        )
         with module.graph.inserting_after(last):
             sources[label] = module.graph.call_function(torch.ops.aten.sym_size.int, (inputs[name], place))
     return sources
@@ -129,18 +145,29 @@ class _Builder:
 
 
 def _merge(value: Any, others: dict[str, Any], sizes: dict[str, int], build: Callable[[str, int, int], fx.Node]) -> Any:
-    """`value` with each integer that differs in one of `others` replaced by what it is as a function of that label's size."""
+    """`value` with each integer that differs in one of `others` replaced by what it is as a function of that label's
+    size.
+    """
     if isinstance(value, tuple | list):
-        parts = [_merge(item, {label: other[place] for label, other in others.items()}, sizes, build) for place, item in enumerate(value)]
+        parts = [
+            _merge(item, {label: other[place] for label, other in others.items()}, sizes, build)
+            for place, item in enumerate(value)
+        ]
         return type(value)(parts)
     if isinstance(value, dict):
-        return {key: _merge(item, {label: other[key] for label, other in others.items()}, sizes, build) for key, item in value.items()}
+        return {
+            key: _merge(item, {label: other[key] for label, other in others.items()}, sizes, build)
+            for key, item in value.items()
+        }
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     moved = {label: other - value for label, other in others.items() if other != value}
     if not moved:
         return value
     if len(moved) > 1:
-        raise TaskError(f"a size in the model depends on {' and '.join(sorted(moved))} together; give the task only one dynamic dimension")
-    (label, factor), = moved.items()
+        raise TaskError(
+            f"a size in the model depends on {' and '.join(sorted(moved))} together; "
+            "give the task only one dynamic dimension"
+        )
+    ((label, factor),) = moved.items()
     return build(label, factor, value - factor * sizes[label])

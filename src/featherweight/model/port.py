@@ -10,10 +10,12 @@ UNSIGNED = (0, 255)
 
 
 class Port(nn.Module):
-    """Quantize an activation to 8 bits with a fixed scale and zero point, and back; gradients pass straight through inside the range.
+    """Quantize an activation to 8 bits with a fixed scale and zero point, and back; gradients pass straight through
+    inside the range.
 
     `value = (integer - zero) * scale` with integers from 0 to 255. In evaluation it computes with the operators
-    `torch.ops.quantized_decomposed.{quantize,dequantize}_per_tensor`, which exporters know. Jacob et al., arXiv:1712.05877.
+    `torch.ops.quantized_decomposed.{quantize,dequantize}_per_tensor`, which exporters know. Jacob et al.,
+    arXiv:1712.05877.
     """
 
     def __init__(self, scale: float = 1.0, zero: int = 0):
@@ -27,7 +29,9 @@ class Port(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, *UNSIGNED)
         values = torch.ops.quantized_decomposed.quantize_per_tensor(x, self.scale, self.zero, *UNSIGNED, torch.uint8)
-        return torch.ops.quantized_decomposed.dequantize_per_tensor(values, self.scale, self.zero, *UNSIGNED, torch.uint8)
+        return torch.ops.quantized_decomposed.dequantize_per_tensor(
+            values, self.scale, self.zero, *UNSIGNED, torch.uint8
+        )
 
 
 @torch.library.custom_op("featherweight::dynamic_quantize", mutates_args=())
@@ -51,7 +55,9 @@ dynamic_quantize.register_autograd(lambda ctx, gradient: gradient)
 
 
 class DynamicPort(nn.Module):
-    """Quantize an activation to 8 bits with the range that it has at run time, and back; gradients pass straight through."""
+    """Quantize an activation to 8 bits with the range that it has at run time, and back; gradients pass straight
+    through.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return dynamic_quantize(x)

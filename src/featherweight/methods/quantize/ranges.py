@@ -1,0 +1,136 @@
+"""Ranges of activations from calibration data: pure functions on histograms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Calibration = Literal["minmax", "percentile", "mse", "entropy"]
+BINS = 2048
+LEVELS = 255
+
+
+class Histogram:
+    """Counts of a stream of tensors, in bins that grow by powers of two as the range grows: bounded memory, one pass.
+
+    `counts` has `BINS` entries of equal `width`; the first starts at `start`. Zero always lies on an edge between bins
+    or inside the range.
+    """
+
+    def __init__(self) -> None:
+        self.low, self.high = torch.inf, -torch.inf
+        self.start, self.width = 0.0, 0.0
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Count every entry of `values`; raises ValueError if one is not finite."""
+        values = values.detach().reshape(-1)
+        low, high = (float(item) for item in torch.aminmax(values))
+        if not (abs(low) < torch.inf and abs(high) < torch.inf):
+            raise ValueError("not finite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.low == self.high:
+            self.counts[0] += values.numel()
+            self.start, self.width = self.low, 0.0
+            return
+        self._cover()
+        self.counts += torch.histc(values.float(), BINS, self.start, self.start + self.width * BINS).double()
+
+    def _cover(self) -> None:
+        """Make the bins reach from `low` to `high`; what was counted moves to the bin that now holds its middle."""
+        end = self.start + self.width * BINS
+        if self.width and self.low >= self.start and self.high <= end:
+            return
+        if self.width:
+            low, high = min(self.low, self.start), max(self.high, end)
+            middles = self.middles()
+        else:
+            low, high = self.low, self.high
+            middles = torch.full((BINS,), self.start, dtype=torch.float64)
+        old, self.counts = self.counts, torch.zeros(BINS, dtype=torch.float64)
+        slack = 0.25 * (high - low) if self.width else 0.0
+        low, high = (
+            (low - slack if low < self.start or not self.width else low),
+            (high + slack if high > end or not self.width else high),
+        )
+        self.start, self.width = low, (high - low) / BINS
+        index = ((middles - self.start) / self.width).long().clamp_(0, BINS - 1)
+        self.counts.index_add_(0, index, old)
+
+    def middles(self) -> Tensor:
+        """The middle of each bin."""
+        return self.start + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+
+
+def activation_range(histogram: Histogram, method: Calibration, percentile: float = 99.99) -> tuple[float, float]:
+    """The range of an activation, zero included, that 8 bits are spread over."""
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    if method == "minmax" or histogram.width == 0.0:
+        return low, high
+    if method == "percentile":
+        return percentile_range(histogram, percentile)
+    return best_range(histogram, low, high, squared_error if method == "mse" else divergence)
+
+
+def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
+    """The range that leaves out (100 - percentile)% of all values, half of it at either end where values lie there."""
+    share = torch.cumsum(histogram.counts, 0) / histogram.counts.sum()
+    outside = (1 - percentile / 100) / 2
+    edges = histogram.start + histogram.width * torch.arange(1, BINS + 1, dtype=torch.float64)
+    low = float(edges[int((share <= outside).sum())] - histogram.width)
+    high = float(edges[min(BINS - 1, int((share < 1 - outside).sum()))])
+    return min(max(low, histogram.low), 0.0), max(min(high, histogram.high), 0.0)
+
+
+def best_range(histogram: Histogram, low: float, high: float, cost: object) -> tuple[float, float]:
+    """The range, shrunk from `low`..`high` by up to 80% at either end in turn, that has the least `cost`."""
+    best = (low, high)
+    for side in (0, 1, 0, 1):
+        options = []
+        for part in torch.linspace(1.0, 0.2, 65).tolist():
+            tried = (best[0] * part, best[1]) if side == 0 else (best[0], best[1] * part)
+            if tried[1] > tried[0]:
+                options.append((cost(histogram, *tried), -part, tried))  # type: ignore[operator]
+        best = min(options)[2]
+    return best
+
+
+def squared_error(histogram: Histogram, low: float, high: float) -> float:
+    """Mean squared error of rounding to `LEVELS` steps between `low` and `high`: clipping plus rounding inside, from
+    the counts.
+    """
+    values = histogram.middles()
+    step = (high - low) / LEVELS
+    zero = round(-low / step)
+    rounded = (torch.clamp(torch.round(values / step) + zero, 0, LEVELS) - zero) * step
+    inside = (values >= low) & (values <= high)
+    error = torch.where(inside, torch.full_like(values, step**2 / 12), (values - rounded) ** 2)
+    return float((histogram.counts * error).sum() / histogram.counts.sum())
+
+
+def divergence(histogram: Histogram, low: float, high: float) -> float:
+    """Kullback-Leibler divergence of the clipped distribution from its quantized form.
+
+    What lies outside is counted at the ends; each of the `LEVELS` + 1 steps spreads its count evenly over its non-empty
+    bins. Migacz, "8-bit inference with TensorRT", GTC 2017.
+    """
+    values, counts = histogram.middles(), histogram.counts
+    inside = (values >= low) & (values <= high)
+    if not inside.any():
+        return torch.inf
+    clipped = torch.where(inside, counts, torch.zeros_like(counts))
+    first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])
+    clipped[first] += counts[:first].sum()
+    clipped[last] += counts[last + 1 :].sum()
+    step = ((values - low) / ((high - low) / LEVELS)).round().long().clamp(0, LEVELS)
+    filled = (clipped > 0).double()
+    totals = torch.zeros(LEVELS + 1, dtype=torch.float64).index_add_(
+        0, step, torch.where(inside, counts, torch.zeros_like(counts))
+    )
+    bins = torch.zeros(LEVELS + 1, dtype=torch.float64).index_add_(0, step, filled)
+    quantized = (totals / bins.clamp_min(1))[step] * filled
+    p, q = clipped / clipped.sum(), quantized / quantized.sum().clamp_min(1e-30)
+    some = p > 0
+    return float((p[some] * (p[some] / q[some].clamp_min(1e-12)).log()).sum())
