@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import RecipeError
 from .machine import describe
 from .progress import Progress
-from .reading import Reading
+from .reading import Reading, Subject
 from .step import one_line
 from .target import Artifact
 from .task import Split, Task
@@ -31,11 +31,14 @@ class Bench:
     progress: Progress = field(default_factory=Progress)
 
     @property
-    def subjects(self) -> dict[str, Artifact]:
+    def subjects(self) -> dict[Subject, Artifact]:
         """The artifacts by the name that their readings carry."""
-        return {"original": self.original} | ({"compressed": self.compressed} if self.compressed is not None else {})
+        found: dict[Subject, Artifact] = {"original": self.original}
+        if self.compressed is not None:
+            found["compressed"] = self.compressed
+        return found
 
-    def reading(self, subject: str, axis: str, name: str, value: float, unit: str, **rest: Any) -> Reading:
+    def reading(self, subject: Subject, axis: str, name: str, value: float, unit: str, **rest: Any) -> Reading:
         """A `Reading` with runtime and machine filled in."""
         artifact = self.subjects[subject]
         runtime = " ".join(
@@ -46,7 +49,7 @@ class Bench:
         )
         return Reading(
             subject=subject, axis=axis, name=name, value=value, unit=unit, runtime=runtime, machine=describe(), **rest
-        )  # type: ignore[arg-type]
+        )
 
 
 class Axis(BaseModel, ABC):

@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 
+Subject = Literal["original", "compressed"]
+
+
 class Reading(BaseModel):
     """One figure read off an artifact: what, of which subject, with its spread, and where it comes from.
 
@@ -16,7 +19,7 @@ class Reading(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    subject: Literal["original", "compressed"]
+    subject: Subject
     axis: str
     name: str
     value: float

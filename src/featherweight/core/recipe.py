@@ -10,7 +10,7 @@ import yaml
 
 from .errors import NotCarried, RecipeError
 from .files import value_digest, write_text
-from .step import ALL_TRAITS, Step, step
+from .step import ALL_TRAITS, Step, Trait, step
 
 if TYPE_CHECKING:
     from .target import Target
@@ -70,12 +70,14 @@ class Recipe:
 
     def check(self, target: Target | None = None) -> None:
         """Refuse, before any work starts, an order that cannot work or a form that `target` does not carry."""
-        have, taken = ALL_TRAITS, {}
+        have = ALL_TRAITS
+        taken: dict[Trait, int] = {}
         for place, item in enumerate(self.steps, 1):
             for trait in type(item).needs & ~have:
                 raise RecipeError(
                     f"step {place} ({item.kind}) needs a model that is still {str(trait.name).lower()}, "
-                    f"but step {taken[trait]} ({self.steps[taken[trait] - 1].kind}) ended that; put {item.kind} before it"
+                    f"but step {taken[trait]} ({self.steps[taken[trait] - 1].kind}) ended that; "
+                    f"put {item.kind} before it"
                 )
             for trait in type(item).takes & have:
                 taken[trait] = place

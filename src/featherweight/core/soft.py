@@ -63,7 +63,7 @@ def chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[Link]]]
     """Every parametrized weight: its full name, its module, its attribute, and its links from first to last."""
     for prefix, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for attribute, links in module.parametrizations.items():  # type: ignore[union-attr]
+            for attribute, links in module.parametrizations.items():
                 yield f"{prefix}.{attribute}".lstrip("."), module, attribute, list(links)
 
 

@@ -40,14 +40,14 @@ def captured(model: nn.Module, example: dict[str, Tensor], free: Free) -> fx.Gra
     """`model` as a graph module of ATen operators that computes what it computes in evaluation mode; weights keep their
     full names.
     """
-    module = capture(model, example, free).module(check_guards=False)
+    module = _as_graph_module(capture(model, example, free))
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
     return plain_graph(module)
 
 
-def plain_graph(module: nn.Module) -> fx.GraphModule:
+def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
     """The graph and the submodules of `module` in an ordinary `torch.fx.GraphModule`, which can be trained, copied and
     edited.
     """
@@ -62,6 +62,12 @@ def _export(model: nn.Module, example: dict[str, Tensor], free: Free) -> Exporte
     clones = {name: tensor.detach().clone() for name, tensor in example.items()}
     with torch.no_grad():
         return torch.export.export(model, (), kwargs=clones, dynamic_shapes=shapes if free else None)
+
+
+def _as_graph_module(program: ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 def _brief(error: Exception) -> str:
@@ -95,7 +101,7 @@ def _freed(model: nn.Module, example: dict[str, Tensor], free: Free) -> fx.Graph
 
 
 def _static(model: nn.Module, example: dict[str, Tensor]) -> fx.GraphModule:
-    return _export(model, example, {}).module(check_guards=False)  # type: ignore[return-value]
+    return _as_graph_module(_export(model, example, {}))
 
 
 def _size(example: dict[str, Tensor], free: Free, label: str) -> int:

@@ -81,7 +81,7 @@ def place(graph: fx.Graph, wanted: set[str]) -> Placement:
                 _port(item, ported, found)
             _port(_end(node), ported, found)
         elif node.target in POOLS and _origin(node.args[0]) in ported and _pools_space(node):
-            _port(node.args[0], ported, found)  # type: ignore[arg-type]
+            _port(node.args[0], ported, found)
             _port(node, ported, found)
     return found
 

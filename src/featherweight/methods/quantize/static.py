@@ -114,7 +114,9 @@ def _observe(module: fx.GraphModule, placement: Placement, ctx: Context, step: S
         with module.graph.inserting_after(value):
             port = module.graph.call_module(name, (value,))
         port.meta = dict(value.meta)
-        value.replace_all_uses_with(port, delete_user_cb=lambda user, port=port: user is not port)
+        for user in list(value.users):
+            if user is not port:
+                user.replace_input_with(value, port)
     module.graph.lint()
     module.recompile()
 
