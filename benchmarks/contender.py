@@ -1,0 +1,62 @@
+"""A contender: one way to make a deployable ONNX file from the same network and the same calibration data."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featherweight.core.target import Artifact
+from featherweight.core.task import Task
+
+Make = Callable[["Material"], Path]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every contender of a network is handed.
+
+    `original` is the float artifact that all start from, `calibration` holds batches of arrays by input name, `folder`
+    is the contender's own place to write. The file that it returns has the inputs and outputs of `original`.
+    """
+
+    task: Task
+    original: Artifact
+    calibration: list[dict[str, np.ndarray]]
+    folder: Path
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A package with one of its methods: its name, the package that is installed, and how it makes its file."""
+
+    name: str
+    package: str
+    about: str
+    make: Make
+
+
+contenders: dict[str, Contender] = {}
+
+
+def contender(name: str, package: str) -> Callable[[Make], Make]:
+    """Register a function as a contender; its docstring says, in a sentence, with which settings it runs."""
+
+    def register(make: Make) -> Make:
+        contenders[name] = Contender(name, package, " ".join((make.__doc__ or "").split()), make)
+        return make
+
+    return register
+
+
+def load() -> dict[str, Contender]:
+    """Every contender of every module in `benchmarks.contenders`, by name."""
+    package = importlib.import_module("benchmarks.contenders")
+    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(found.name)
+    return contenders

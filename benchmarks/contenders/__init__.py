@@ -1,0 +1,1 @@
+"""One file is one package that competes; every module here is found, none is listed."""
