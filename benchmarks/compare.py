@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +105,7 @@ def enter(entrant: Contender, material: Material) -> tuple[Row, Path | None]:
 
 def judge(task: Task, runners: dict[str, Runner], rows: dict[str, Row], progress: Progress) -> None:
     """Fill in accuracy over the whole test split, and the paired drop against the original on the same inputs."""
-    found = {
-        name: records(task, lambda batch, runner=runner: task.call(runner, batch), "test", progress)  # type: ignore[misc,arg-type]
-        for name, runner in runners.items()
-    }
+    found = {name: records(task, partial(task.call, runner), "test", progress) for name, runner in runners.items()}
     for name, own in found.items():
         rows[name].accuracy = figure(task.metric.reduce(own), task.metric.interval(own), len(own))
         rows[name].drop = drop(task.metric, found[ORIGINAL], own)
@@ -121,10 +119,7 @@ def drop(metric: Metric, original: Records, own: Records) -> Figure:
 def race(task: Task, runners: dict[str, Runner], batch: int, seconds: float, seed: int) -> dict[str, Timing]:
     """Time every runner on the same inputs, interleaved; `seconds` is what each of them gets, about."""
     inputs = tiled(task, batch)
-    prepared = {name: runner.prepare(**inputs) for name, runner in runners.items()}
-    calls = {
-        name: (lambda runner=runner, given=prepared[name]: runner.session(**given)) for name, runner in runners.items()
-    }
+    calls = {name: partial(runner.session, **runner.prepare(**inputs)) for name, runner in runners.items()}
     samples = interleave(calls, seconds=seconds * len(calls), seed=seed)
     return {
         name: Timing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from featherweight.core.files import write_text
@@ -12,13 +12,11 @@ from .compare import ORIGINAL
 from .record import Figure, Ledger, Network, Row
 
 OURS = "featherweight"
-INTRODUCTION = (
-    "This page is generated from a ledger by the command below; do not edit it. Every file was made from the same"
-    " float32 network and the same calibration data, and all of them were measured in one run: accuracy over the whole test"
-    " split in ONNX Runtime; latency with all contenders interleaved in one process, one thread. Brackets are 95%"
-    " intervals. *Faster* and *smaller* are against the float32 original in the same runtime; a figure below 1 means"
-    " slower or larger."
-)
+INTRODUCTION = """\
+This page is generated from a ledger by the command below; do not edit it. Every file was made from the same float32
+network and the same calibration data, and all of them were measured in one run: accuracy over the whole test split in
+ONNX Runtime; latency with all contenders interleaved in one process, one thread. Brackets are 95% intervals. *Faster*
+and *smaller* are against the float32 original in the same runtime; a figure below 1 means slower or larger."""
 
 
 def write_page(ledger: Ledger, path: Path) -> Path:
@@ -96,30 +94,26 @@ def summary(ledger: Ledger) -> Iterator[str]:
 def against(network: Network, max_drop: float, batches: list[int]) -> list[str]:
     done = [row for row in network.rows if row.state == "done" and row.contender != ORIGINAL]
     kept = [row for row in done if row.drop is not None and row.drop.value <= max_drop]
+    best = max if network.higher_is_better else min
     sign = 1 if network.higher_is_better else -1
-    line = [
-        network.task,
-        *pair(done, lambda row: -sign * accuracy(row), lambda ours, theirs: f"{theirs - ours:+.2f}", "{:.2f}", -sign),
-    ]
-    line += pair(kept, lambda row: row.bytes, lambda ours, theirs: f"{theirs / ours:.2f}", "{:,.0f}")
-    for batch in batches:
-        line += pair(
-            kept,
-            lambda row, batch=batch: milliseconds(row, batch),
-            lambda ours, theirs: f"{theirs / ours:.2f}",
-            "{:.3g}",
-        )  # type: ignore[misc]
+    line = [network.task]
+    ours, theirs = (best(map(accuracy, side), default=None) for side in sides(done))
+    line += [both(ours, theirs, "{:.2f}"), "" if ours is None or theirs is None else f"{sign * (ours - theirs):+.2f}"]
+    costs: list[list[list[float]]] = [[[row.bytes for row in side] for side in sides(kept)]]
+    costs += [[[milliseconds(row, batch) for row in side] for side in sides(kept)] for batch in batches]
+    for (our_costs, their_costs), form in zip(costs, ["{:,.0f}"] + ["{:.3g}"] * len(batches)):
+        ours, theirs = min(our_costs, default=None), min(their_costs, default=None)
+        line += [both(ours, theirs, form), "" if ours is None or theirs is None else f"{theirs / ours:.2f}"]
     return line
 
 
-def pair(
-    rows: list[Row], cost: Callable[[Row], float], compare: Callable[[float, float], str], form: str, shown: float = 1
-) -> list[str]:
-    """The lowest cost of ours and of theirs, as two cells: both figures, and what the comparison says."""
-    ours = min((cost(row) for row in rows if row.package == OURS), default=None)
-    theirs = min((cost(row) for row in rows if row.package != OURS), default=None)
-    texts = [form.format(shown * value) if value is not None else "none" for value in (ours, theirs)]
-    return [" / ".join(texts), compare(ours, theirs) if ours is not None and theirs is not None else ""]
+def sides(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Our rows, and those of the others."""
+    return [row for row in rows if row.package == OURS], [row for row in rows if row.package != OURS]
+
+
+def both(ours: float | None, theirs: float | None, form: str) -> str:
+    return " / ".join("none" if value is None else form.format(value) for value in (ours, theirs))
 
 
 def accuracy(row: Row) -> float:
