@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 
 from featherweight.core.errors import TaskError
 
+CAPTURED = "CapturedModel"
 Free = dict[str, dict[int, str]]
 
 
@@ -53,7 +54,7 @@ def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = module.graph
     graph.eliminate_dead_code()
-    made = fx.GraphModule(module, graph, class_name="CapturedModel")
+    made = fx.GraphModule(module, graph, class_name=CAPTURED)
     return made.eval()
 
 

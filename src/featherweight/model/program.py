@@ -12,6 +12,8 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from featherweight.core.errors import ArtifactError, TaskError
 
+from .graph import CAPTURED
+
 _NAMED: dict[type, str] = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.layout: "layout"}
 _FUNCTIONS = {
     function.__name__: function
@@ -37,10 +39,8 @@ def dump_graph(module: fx.GraphModule) -> dict[str, Any]:
     return page
 
 
-def load_graph(page: dict[str, Any], root: nn.Module) -> fx.GraphModule:
-    """The graph module that `page` describes, over the parameters, buffers and ports that `root` holds by their full
-    names.
-    """
+def load_graph(page: dict[str, Any]) -> fx.GraphModule:
+    """The graph module that `page` describes; parameters, buffers and ports are put in afterwards, by full names."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     try:
@@ -55,8 +55,14 @@ def load_graph(page: dict[str, Any], root: nn.Module) -> fx.GraphModule:
             )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"the captured graph cannot be rebuilt: {type(error).__name__}: {error}") from error
-    graph.lint()
-    return fx.GraphModule(root, graph, class_name="CapturedModel").eval()
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=CAPTURED)
+    module.graph = graph
+    return module.eval()
+
+
+def read_captured(module: nn.Module) -> dict[str, Any] | None:
+    """The page of a captured graph as plain settings; None for any other module."""
+    return {"graph": dump_graph(module)} if isinstance(module, fx.GraphModule) else None
 
 
 def _dump_node(node: fx.Node) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Batch norm folded on captured graphs."""
+
+import pytest
+import torch
+from torch import nn
+
+from featherweight.model.graph import captured
+from featherweight.model.norms import aten, fold_norms, folded
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 2)
+                module.bias.data.normal_()
+    return model.eval()
+
+
+def _norms(graph) -> int:
+    return sum(node.target is aten.batch_norm.default for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "layer, norm, x",
+    [
+        (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), torch.randn(2, 3, 9, 9)),
+        (nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8, affine=False), torch.randn(2, 4, 9, 9)),
+        (nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), torch.randn(2, 3, 9, 9)),
+        (nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), torch.randn(2, 3, 9)),
+        (nn.Linear(5, 8), nn.BatchNorm1d(8), torch.randn(2, 5)),
+    ],
+)
+def test_folding_changes_no_output(layer, norm, x):
+    model = _with_statistics(nn.Sequential(layer, norm, nn.ReLU()))
+    graph = captured(model, {"input": x}, {"input": {0: "batch"}})
+    assert fold_norms(graph) == ["0"]
+    assert _norms(graph) == 0
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+    assert graph.get_submodule("0").weight.requires_grad
+
+
+def test_a_norm_that_does_not_follow_a_layer_stays():
+    model = _with_statistics(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)))
+    x = torch.randn(2, 3, 6, 6)
+    graph = captured(model, {"input": x}, {"input": {0: "batch"}})
+    assert fold_norms(graph) == [] and _norms(graph) == 1
+
+
+class Shared(nn.Module):
+    """One convolution used twice, with a norm behind one use."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv(torch.relu(x))
+
+
+def test_a_weight_that_is_used_twice_keeps_its_norm():
+    model, x = _with_statistics(Shared()), torch.randn(2, 3, 6, 6)
+    graph = captured(model, {"x": x}, {"x": {0: "batch"}})
+    assert fold_norms(graph) == []
+    torch.testing.assert_close(graph(x), model(x))
+
+
+def test_the_formula_against_plain_numbers():
+    weight, bias = folded(
+        torch.tensor([[2.0], [3.0]]), torch.tensor([1.0, 1.0]),
+        (torch.tensor([2.0, 1.0]), torch.tensor([0.0, 5.0]), torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0]), 0.0), 0,
+    )  # fmt: skip
+    assert weight.flatten().tolist() == [2.0, 3.0] and bias.tolist() == [0.0, 6.0]
