@@ -36,7 +36,9 @@ class Histogram:
             self.start, self.width = self.low, 0.0
             return
         self._cover()
-        self.counts += torch.histc(values.float(), BINS, self.start, self.start + self.width * BINS).double()
+        end = self.start + self.width * BINS
+        inside = values.float().clamp(self.start, end)  # the end may have been rounded below the highest value
+        self.counts += torch.histc(inside, BINS, self.start, end).double()
 
     def _cover(self) -> None:
         """Make the bins reach from `low` to `high`; what was counted moves to the bin that now holds its middle."""

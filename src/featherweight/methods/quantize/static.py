@@ -53,15 +53,18 @@ class StaticQuantization(Step, kind="quantize.static"):
         stored = {name for name, encoding in encodings(model).items() if not isinstance(encoding, Sparse)}
         free = {name: ctx.task.free(name) for name in ctx.example}
         module = captured(fold(model), ctx.example, free)
-        for name in fold_norms(module, frozenset(stored)):
-            ctx.change(name, "batch norm folded in")
+        folded = fold_norms(module, frozenset(stored))
+        for layer in folded:
+            ctx.change(layer, "batch norm folded in")
         _keep_links(module, links)
         wanted = self._choose(module, stored, ctx)
         placement = place(module.graph, wanted)
         _observe(module, placement, ctx, self)
         for name, node in placement.layers.items():
             _round_weight(module, name, node, self.weights)
-            ctx.change(name, "int8 weight per channel, uint8 activations")
+            layer = name.rpartition(".")[0]
+            norm = ", batch norm folded in" if layer in folded else ""
+            ctx.change(layer, f"int8 weight per channel, 8-bit activations{norm}")
         return module
 
     def _choose(self, module: fx.GraphModule, stored: set[str], ctx: Context) -> set[str]:
