@@ -102,7 +102,7 @@ def test_ports_stand_at_both_ends_of_every_integer_operation():
 def test_what_is_not_selected_stays_in_floats_and_is_named():
     model, record = _quantized(_task(), skip=("depth",))
     assert set(encodings(model)) == {"stem.weight", "conv.weight", "fc.weight"}
-    assert {left.layer: left.reason for left in record.left} == {"depth": "excluded by skip"}
+    assert {left.layer: left.reason for left in record.left} == {"depth": "excluded by skip='depth'"}
 
 
 def test_weights_are_integers_per_channel_and_outputs_stay_close():

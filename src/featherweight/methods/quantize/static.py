@@ -15,18 +15,19 @@ from featherweight.core.context import Context
 from featherweight.core.encoding import Sparse
 from featherweight.core.errors import NotFinite, TaskError
 from featherweight.core.soft import Link, chains, encodings, fold
-from featherweight.core.step import OneOf, Place, Step, Trait
+from featherweight.core.step import OneOf, Place, Trait
 from featherweight.model.graph import captured
 from featherweight.model.norms import TRANSPOSED, attribute, fold_norms
 from featherweight.model.port import Port
 from featherweight.model.rounding import Rounding
+from featherweight.model.select import LayerStep, excluded, patterns
 
 from .arithmetic import affine_of_range, scale_by_error, scale_by_max
 from .placement import Placement, place, weight_name
 from .ranges import Calibration, Histogram, activation_range
 
 
-class StaticQuantization(Step, kind="quantize.static"):
+class StaticQuantization(LayerStep, kind="quantize.static"):
     """Store the weights of convolutions and linear layers as 8-bit integers and compute on 8-bit activations.
 
     Batch norm is folded first. Weights are symmetric per output channel (`weights`: scales by the largest magnitude, or
@@ -45,8 +46,6 @@ class StaticQuantization(Step, kind="quantize.static"):
     calibration: Annotated[Calibration, OneOf("minmax", "percentile", "mse", "entropy")] = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     weights: Annotated[Literal["max", "mse"], OneOf("max", "mse")] = "max"
-    only: str = "*"
-    skip: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         links = {name: chain for name, _, _, chain in chains(model)}
@@ -68,27 +67,21 @@ class StaticQuantization(Step, kind="quantize.static"):
         return module
 
     def _choose(self, module: fx.GraphModule, stored: set[str], ctx: Context) -> set[str]:
-        """The weights to quantize; every other parameter's layer is reported as left alone."""
+        """The weights to quantize; every other layer that has parameters is reported as left alone."""
         chosen: set[str] = set()
-        for node in module.graph.nodes:
-            name = weight_name(node)
-            if name is None:
-                continue
+        layers = [name for node in module.graph.nodes if (name := weight_name(node)) is not None]
+        for name in layers:
             layer = name.rpartition(".")[0]
-            if not any(fnmatchcase(layer, glob.strip()) for glob in self.only.split(",")):
-                ctx.leave(layer, f"not selected by only={self.only}")
-            elif any(fnmatchcase(layer, glob) for glob in self.skip):
-                ctx.leave(layer, "excluded by skip")
-            elif name in stored:
-                ctx.leave(layer, "is already stored in integers")
-            else:
+            reason = "is already stored in integers" if name in stored else excluded(layer, self.only, self.skip)
+            if reason is None:
                 chosen.add(name)
-        biases = {name.rpartition(".")[0] for name in chosen}
-        for layer in sorted(
-            {name.rpartition(".")[0] for name, _ in module.named_parameters()}
-            - biases
-            - {left.layer for left in ctx.record.left}
-        ):
+            else:
+                ctx.leave(layer, reason)
+        for glob in (*patterns(self.only), *self.skip):
+            if glob != "*" and not any(fnmatchcase(name.rpartition(".")[0], glob) for name in layers):
+                ctx.warn(f"{self.kind}: no layer matches {glob!r}")
+        owners = {name.rpartition(".")[0] for name, _ in module.named_parameters() if ".parametrizations." not in name}
+        for layer in sorted(owners - {name.rpartition(".")[0] for name in layers}):
             ctx.leave(layer, "neither a convolution nor a linear layer; stays in floats")
         return chosen
 
