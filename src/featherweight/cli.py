@@ -340,9 +340,6 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.format_message().rstrip('.')}; see featherweight --help", 2, argv)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # the reader has gone; nothing is left to flush
-        return 0
     except Exception as error:
         message = _user_message(error)
         if message is not None:

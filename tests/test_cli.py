@@ -1,0 +1,349 @@
+"""The commands: what they print, where, and with which exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from featherweight import catalog, cli
+from featherweight.cli import main, names, seconds
+from featherweight.core.axis import Axis
+from featherweight.core.progress import Progress
+from featherweight.core.reading import Reading
+from featherweight.core.step import Step
+from featherweight.core.target import Target
+from featherweight.core.task import zoo
+from featherweight.terminal import change, figure, label, number, pairs
+
+TASKS = str(Path(__file__).parent / "tiny_tasks.py")
+COMMANDS = ["demo", "compress", "apply", "measure", "report", "methods", "targets", "axes", "tasks"]
+READING = {
+    "subject",
+    "axis",
+    "name",
+    "value",
+    "unit",
+    "low",
+    "high",
+    "n",
+    "kind",
+    "split",
+    "conditions",
+    "runtime",
+    "machine",
+}
+
+
+def start(*argv: str, **rest: object) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "featherweight.cli", *argv], **pipes, **rest)
+
+
+def answer(capfd: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict:
+    """Run a command with --json; its standard output must be one JSON object and a line end, and nothing else."""
+    assert main([*argv, "--json"]) == code
+    out = capfd.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("{")
+    found = json.loads(out)
+    assert isinstance(found, dict)
+    return found
+
+
+# -- help and lists ---------------------------------------------------------------------------------------------------
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = "import sys; from featherweight.cli import main; main(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in COMMANDS)
+    loaded = done.stdout.splitlines()[-1]
+    assert not [package for package in ("torch", "onnx", "optuna", "numpy") if f"'{package}'" in loaded]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "--json" in capfd.readouterr().out
+
+
+def test_without_a_command_the_help_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "Usage: featherweight" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "registered"), [("methods", Step.kinds), ("targets", Target.kinds), ("axes", Axis.kinds)]
+)
+def test_lists_hold_everything_that_is_registered(
+    what: str, registered: dict[str, type], capfd: pytest.CaptureFixture[str]
+) -> None:
+    entries = answer(capfd, what)[what]
+    assert {entry["name"] for entry in entries} >= {
+        name for name, kind in registered.items() if "featherweight." in kind.__module__
+    }
+    assert len(entries) >= 2 and all(entry["summary"].endswith(".") for entry in entries)
+    assert main([what]) == 0
+    shown = capfd.readouterr().out
+    assert all(entry["name"] in shown for entry in entries)
+
+
+def test_methods_say_settings_ranges_and_papers(capfd: pytest.CaptureFixture[str]) -> None:
+    entry = next(entry for entry in answer(capfd, "methods")["methods"] if entry["name"] == "prune.magnitude")
+    sparsity = next(setting for setting in entry["settings"] if setting["name"] == "sparsity")
+    assert sparsity["searched"] == "0.1 to 0.95" and "<" in sparsity["range"] and entry["paper"].startswith("arXiv:")
+    main(["methods"])
+    out = capfd.readouterr().out
+    assert "prune.magnitude" in out and "0.1 to 0.95" in out and entry["paper"] in out
+
+
+def test_tasks_are_named_as_the_command_line_takes_them(capfd: pytest.CaptureFixture[str]) -> None:
+    entries = answer(capfd, "tasks")["tasks"]
+    assert {entry["name"] for entry in entries} == {f"zoo:{name}" for name in zoo} and zoo
+    assert all(entry["summary"] for entry in entries)
+
+
+def test_what_is_not_installed_is_said_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Target.kinds["onnxruntime"], "packages", ("no_such_runtime",))
+    monkeypatch.setattr(Target.kinds["onnxruntime"], "extra", "web")
+    entry = next(entry for entry in answer(capfd, "targets")["targets"] if entry["name"] == "onnxruntime")
+    assert entry["missing"] == ["no_such_runtime"] and entry["install"] == "pip install 'featherweight[web]'"
+    main(["targets"])
+    assert "not installed: no_such_runtime; run: pip install 'featherweight[web]'" in capfd.readouterr().out
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `apply int8` wrote."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    assert main(["apply", "int8", f"{TASKS}:bars", "--out", str(out)]) == 0
+    return out
+
+
+def check(found: dict, out: Path) -> None:
+    """The form that demo, compress, apply and measure share, and that readings.json keeps."""
+    assert set(found) == {"verdict", "feasible", "artifact", "recipe", "readings"}
+    assert found["verdict"] and found["feasible"] is True and Path(found["artifact"]) == out / "artifact"
+    assert (out / "artifact" / "manifest.json").is_file() and found["recipe"]["steps"]
+    assert all(set(reading) == READING for reading in found["readings"])
+    assert {reading["subject"] for reading in found["readings"]} == {"original", "compressed"}
+    assert json.loads((out / "readings.json").read_text()) == found
+
+
+def test_compress_prints_one_json_object_whatever_libraries_print(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(
+        "compress",
+        f"{TASKS}:noisy",
+        "--max-drop",
+        "5",
+        "--trials",
+        "2",
+        "--objective",
+        "size",
+        "--out",
+        str(out),
+        "--json",
+    )
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert stdout.count("\n") == 1
+    check(json.loads(stdout), out)
+    assert all(text in stderr for text in ("printed", "written", "formatted"))
+    assert {path.name for path in out.iterdir()} >= {
+        "artifact",
+        "model",
+        "recipe.yaml",
+        "readings.json",
+        "study.db",
+        "report.html",
+    }
+
+
+def test_apply_shows_what_was_gained_and_lost(done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["apply", "int8", f"{TASKS}:bars", "--out", str(out)]) == 0
+    shown = capfd.readouterr().out
+    for text in (
+        "top1",
+        "file_bytes",
+        "p50_ms",
+        "original",
+        "compressed",
+        "smaller",
+        "quantize.static",
+        str(out / "report.html"),
+    ):
+        assert text in shown
+
+
+def test_apply_in_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check(answer(capfd, "apply", "int8", f"{TASKS}:bars", "--out", str(tmp_path / "out")), tmp_path / "out")
+
+
+def test_measure_reads_the_axes_it_is_told(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = answer(capfd, "measure", str(done), "--axes", "accuracy, size")
+    assert {reading["axis"] for reading in found["readings"]} == {"accuracy", "size"}
+    assert main(["measure", str(done), "--axes", "size"]) == 0
+    assert "file_bytes" in capfd.readouterr().out
+
+
+def test_measure_refuses_an_unknown_axis(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert (
+        "there is no axis 'beauty'; the axes are: "
+        in answer(capfd, "measure", str(done), "--axes", "beauty", code=2)["error"]
+    )
+
+
+def test_report_is_built_again(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (done / "report.html").unlink()
+    assert answer(capfd, "report", str(done)) == {"report": str(done / "report.html")}
+    assert (done / "report.html").is_file()
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    job = [
+        "compress",
+        f"{TASKS}:bars",
+        "--max-drop",
+        "5",
+        "--trials",
+        "3",
+        "--objective",
+        "size",
+        "--out",
+        str(out),
+        "--json",
+    ]
+    process = start(*job)
+    while not (out / "study.db").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout) == {"error": "stopped; run the same command again to go on where it was"}
+    assert "Traceback" not in stderr and stderr.rstrip().endswith(
+        "featherweight: stopped; run the same command again to go on where it was"
+    )
+    check(answer(capfd, *job[:-1]), out)
+
+
+def test_an_unexpected_error_is_one_line_and_a_log(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(catalog, "axes", broken)
+    assert main(["axes"]) == 1
+    line = capfd.readouterr().err.strip()
+    assert (
+        line.startswith("featherweight: unexpected ZeroDivisionError: a mistake of ours; the traceback is in ")
+        and "\n" not in line
+    )
+    log = Path(line.split("the traceback is in ")[1].split(",")[0])
+    assert "def broken" not in line and "ZeroDivisionError" in log.read_text()
+    log.unlink()
+    assert main(["axes", "--debug"]) == 1
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m featherweight.cli methods | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.stderr == "" and done.returncode in (0, 1)
+
+
+def test_a_finished_demo_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Said(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    assert cli._demo_folder(Said()) == Path("featherweight-demo") and not said
+    for name in ("featherweight-demo", "featherweight-demo-2"):
+        Path(name).mkdir()
+        (Path(name) / "report.html").write_text("")
+    Path("featherweight-demo-3").mkdir()
+    assert cli._demo_folder(Said()) == Path("featherweight-demo-3")
+    assert said == ["featherweight-demo holds a finished demo; writing to featherweight-demo-3"]
+
+
+@pytest.mark.slow
+def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
+    """At least 8x smaller and 2x faster at no more than 0.5 points lost, within three minutes, with nothing cached."""
+    began = time.monotonic()
+    process = start("demo", "--json", cwd=tmp_path, env=os.environ | {"FEATHERWEIGHT_CACHE": str(tmp_path / "cache")})
+    stdout, stderr = process.communicate(timeout=600)
+    took = time.monotonic() - began
+    assert process.returncode == 0, stderr
+    found = json.loads(stdout)
+    value = {(r["subject"], r["name"], r["conditions"].get("batch")): r["value"] for r in found["readings"]}
+    assert value["original", "file_bytes", None] >= 8 * value["compressed", "file_bytes", None]
+    assert value["original", "p50_ms", 1] >= 2 * value["compressed", "p50_ms", 1]
+    assert value["original", "top1", None] - value["compressed", "top1", None] <= 0.5
+    assert took < 180, f"the demo took {took:.0f} s"
+
+
+# -- pure parts -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "value"), [("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5m", 30), ("1d", 86400)]
+)
+def test_seconds(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+def test_names() -> None:
+    assert names(" accuracy, size,,latency ") == ["accuracy", "size", "latency"]
+
+
+def reading(subject: str, axis: str, name: str, value: float, unit: str = "", **rest: object) -> Reading:
+    return Reading(subject=subject, axis=axis, name=name, value=value, unit=unit, runtime="r", machine="m", **rest)
+
+
+@pytest.mark.parametrize(
+    ("axis", "name", "original", "compressed", "text"),
+    [
+        ("size", "file_bytes", 400, 100, "[green]4.00x smaller[/]"),
+        ("size", "file_bytes", 100, 125, "[red]1.25x larger[/]"),
+        ("latency", "p50_ms", 1.0, 2.0, "[red]2.00x slower[/]"),
+        ("latency", "throughput", 100, 300, "[green]3.00x faster[/]"),
+        ("memory", "peak_bytes", 300, 100, "[green]3.00x less[/]"),
+        ("memory", "peak_bytes", 1000, 1001, "same"),
+        ("size", "integer_macs", 0, 1000, ""),
+        ("accuracy", "top1", 98.5, 98.0, "-0.5 %"),
+    ],
+)
+def test_change(axis: str, name: str, original: float, compressed: float, text: str) -> None:
+    unit = "%" if axis == "accuracy" else ""
+    pair = {
+        "original": reading("original", axis, name, original, unit),
+        "compressed": reading("compressed", axis, name, compressed, unit),
+    }
+    assert change(pair) == text
+    assert change({"compressed": pair["compressed"]}) == ""
+
+
+def test_readings_of_the_same_figure_and_conditions_stand_in_one_row() -> None:
+    rows = [
+        reading(s, "latency", "p50_ms", 1.0, "ms", conditions={"batch": b})
+        for s in ("original", "compressed")
+        for b in (1, 32)
+    ]
+    assert [sorted(pair) for pair in pairs(rows)] == [["compressed", "original"]] * 2
+    assert [label(pair["original"]) for pair in pairs(rows)] == ["p50_ms (batch 1)", "p50_ms (batch 32)"]
+
+
+def test_figures_carry_unit_and_interval() -> None:
+    assert (
+        figure(reading("original", "accuracy", "top1", 98.6667, "%", low=97.5, high=99.5)) == "98.67 % (97.5 to 99.5)"
+    )
+    assert figure(reading("original", "size", "file_bytes", 1156588, "B")) == "1,156,588 B"
+    assert [number(value) for value in (0.012345, 12.3456, 1e6)] == ["0.01235", "12.35", "1,000,000"]
