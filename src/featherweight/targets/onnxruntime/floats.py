@@ -1,0 +1,111 @@
+"""From a torch model to an ONNX graph of plain floats whose weights keep their names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.core.errors import ArtifactError, OutputError
+from featherweight.model.graph import Free, capture
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+
+def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset: int, keep: set[str]) -> ir.Model:
+    """`model` as ONNX operators on floats, optimized; no operation on a parameter is computed ahead, so that its name survives.
+
+    The weights in `keep` are left exactly as they are: nothing is folded into them. Raises `ArtifactError` if an operator of the model has
+    no translation.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    program = capture(model, example, free)
+    parameters = {name for name, _ in model.named_parameters()}
+    with quiet():
+        try:
+            exported = torch.onnx.export(
+                program, (), kwargs=example, dynamo=True, optimize=False, verbose=False, opset_version=opset, custom_translation_table=_translations()
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ArtifactError(f"the model cannot be written as ONNX: {_reason(error)}") from error
+        assert exported is not None
+        made = exported.model
+        with _hidden(made.graph, keep):
+            optimize_ir(made, should_fold=lambda node: _may_fold(node, parameters))
+    return made
+
+
+def save(model: ir.Model, path: Path, largest: int) -> None:
+    """Write the model as one file; weights go to a file beside it if together they are larger than `largest` bytes."""
+    from onnxscript import ir
+
+    total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    try:
+        ir.save(model, path, external_data=f"{path.name}.data" if total > largest else None)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+
+
+def _may_fold(node: ir.Node, parameters: set[str]) -> bool | None:
+    if node.op_type != "Shape" and any(value is not None and value.name in parameters for value in node.inputs):
+        return False
+    return None  # the optimizer's own rules decide
+
+
+@contextlib.contextmanager
+def _hidden(graph: ir.Graph, names: set[str]) -> Iterator[None]:
+    """Let the optimizer see these initializers as inputs of the graph, whose values it cannot use."""
+    values = [graph.initializers.pop(name) for name in sorted(names) if name in graph.initializers]
+    tensors = [value.const_value for value in values]
+    for value in values:
+        value.const_value = None
+        graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        for value, tensor in zip(values, tensors):
+            graph.inputs.remove(value)
+            value.const_value = tensor
+            graph.register_initializer(value)
+
+
+def _translations() -> dict[Any, Any]:
+    """How our own operators read in ONNX: dynamic quantization is DynamicQuantizeLinear and back."""
+    from onnxscript import opset18 as op
+
+    import featherweight.model.port  # noqa: F401  registers the operator
+
+    def dynamic_quantize(x: Any) -> Any:
+        values, scale, zero = op.DynamicQuantizeLinear(x)
+        return op.DequantizeLinear(values, scale, zero)
+
+    return {torch.ops.featherweight.dynamic_quantize.default: dynamic_quantize}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's chatter off the user's terminal; what goes wrong is raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]

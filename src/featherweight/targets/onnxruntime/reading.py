@@ -1,0 +1,202 @@
+"""What an ONNX file holds and computes, and how ONNX Runtime runs it: read off the file and off the graph that the runtime makes of it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featherweight.core.errors import ArtifactError
+
+from .edit import MADE
+from .weights import weights_in
+
+if TYPE_CHECKING:
+    import onnx
+
+PRODUCTS = frozenset({"Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "LSTM", "GRU", "RNN"})
+BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # their third operand is a bias
+FLOAT_KERNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention"})
+INTEGER_MARKS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention")
+
+
+def read(path: Path, data: bool = False) -> onnx.ModelProto:
+    """The model in the file, without its external data unless asked; raises `ArtifactError` if it cannot be read."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=data)
+    except (DecodeError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged and cannot be read as ONNX ({' '.join(str(error).split())[:100]}); export it again") from error
+    if not model.graph.node and not model.graph.output:
+        raise ArtifactError(f"{path} holds no ONNX graph; export it again")
+    return model
+
+
+def numpy_name(kind: int) -> str:
+    """The name of an ONNX tensor type as numpy has it: "float32", "int8", "int4"."""
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(kind).lower()  # type: ignore[arg-type]
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def stored_forms(model: onnx.ModelProto) -> dict[str, str]:
+    """Type of every stored weight, by its name in the torch model."""
+    found = {}
+    for tensor in model.graph.initializer:
+        if not tensor.name.startswith(MADE):
+            for name in weights_in(tensor.name):
+                found[name] = numpy_name(tensor.data_type)
+    return dict(sorted(found.items()))
+
+
+def parameters(model: onnx.ModelProto) -> int:
+    """Number of entries of all weights, each counted once."""
+    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer if not tensor.name.startswith(MADE))
+
+
+def weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of everything that is stored beside the graph: weights, scales, zero points, tables."""
+    import onnx
+
+    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
+    total = 0
+    for tensor in model.graph.initializer:
+        kind = tensor.data_type
+        width = bits.get(kind) or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
+        total += (math.prod(tensor.dims) * width + 7) // 8
+    return total
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Product:
+    """One operation that multiplies and accumulates: its name, the weights that it reads, and how much it does."""
+
+    name: str
+    weights: tuple[str, ...]
+    macs: int
+
+
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a name for every node, so that it can be found again in what the runtime makes of it."""
+    for place, node in enumerate(model.graph.node):
+        node.name = f"node{place}"
+    return model
+
+
+def products(model: onnx.ModelProto, shapes: dict[str, tuple[int, ...]] | None = None) -> list[Product]:
+    """Every product of the graph; with its multiply-accumulates if the `shapes` of a run are given."""
+    weights = _origins(model)
+    found = []
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            operands = node.input[:2] if node.op_type in BIASED else node.input[:3]
+            names = dict.fromkeys(name for value in operands for name in weights.get(value, ()))
+            found.append(Product(node.name, tuple(names), 0 if shapes is None else macs(node, shapes)))
+    return found
+
+
+def macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Multiply-accumulates of one operation: each output entry of a product costs the length of the sum behind it."""
+    first, second, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
+    if node.op_type in ("Conv", "ConvInteger"):
+        return math.prod(out) * math.prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(first) * math.prod(second[1:])
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return first[0] * first[1] * (math.prod(second) + math.prod(shapes[node.input[2]]))
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return math.prod(out) * (first[0] if transposed else first[-1])
+
+
+def _origins(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """For every value that follows from constants alone: the weights that it is made of."""
+    found = {tensor.name: tuple(weights_in(tensor.name)) if not tensor.name.startswith(MADE) else () for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" or (node.input and all(name in found for name in node.input if name)):
+            names = tuple(dict.fromkeys(weight for name in node.input if name for weight in found[name]))
+            found.update(dict.fromkeys(node.output, names))
+    return found
+
+
+def run_shapes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all operands of products, seen in a run of one input (of the first, where the first dimension is free)."""
+    import onnx
+
+    asked = {name for node in model.graph.node if node.op_type in PRODUCTS for name in (*node.input[:3], node.output[0]) if name}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    wider = onnx.ModelProto()
+    wider.CopyFrom(model)
+    present = {value.name for value in model.graph.output}
+    inputs = {value.name: value for value in model.graph.input}
+    names = sorted(asked - set(shapes) - present - set(inputs))
+    wider.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    given = {name: example[name][:1] if _free(value) else example[name] for name, value in inputs.items()}
+    session = _session(wider, path)
+    results = session.run([*names, *present], given)
+    shapes.update({name: result.shape for name, result in zip([*names, *present], results)})
+    return shapes | {name: array.shape for name, array in given.items()}
+
+
+def _free(value: onnx.ValueInfoProto) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return bool(dims) and not dims[0].HasField("dim_value")
+
+
+def _session(model: onnx.ModelProto, path: Path) -> Any:
+    """A session over a changed copy of the graph in `path`, not optimized; external data are read where they lie."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        return onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+
+
+# -- what the runtime makes of it --------------------------------------------------------------------------------------
+def optimized(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """The graph that ONNX Runtime runs on this processor for `model`, whose external data lie beside `path`; weights are left out."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.intra_op_num_threads, options.log_severity_level = 1, 4
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
+        onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)
+
+
+def is_integer_kernel(kind: str) -> bool:
+    """Whether an operator of this name computes on integers."""
+    return kind.startswith(INTEGER_MARKS)
+
+
+def kernels(graph: onnx.GraphProto) -> tuple[dict[str, int], dict[str, int]]:
+    """How many integer kernels of each kind there are, and how many products in floats."""
+    count = Counter(node.op_type for node in graph.node)
+    integer = {kind: number for kind, number in sorted(count.items()) if is_integer_kernel(kind)}
+    floats = {kind: number for kind, number in sorted(count.items()) if kind in FLOAT_KERNELS or kind.startswith("MatMulNBits")}
+    return integer, floats
+
+
+def integer_products(found: list[Product], graph: onnx.GraphProto) -> set[str]:
+    """Names of those products that integer kernels compute: kernels that bear the node's name, or read its weight as it is stored."""
+    names = {node.name for node in graph.node if is_integer_kernel(node.op_type)}
+    read = {name for node in graph.node if is_integer_kernel(node.op_type) for value in node.input if value for name in weights_in(value)}
+    return {product.name for product in found if product.name in names or set(product.weights) & read}
