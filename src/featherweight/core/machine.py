@@ -11,8 +11,12 @@ from pathlib import Path
 @functools.cache
 def describe() -> str:
     """Processor, usable cores, system and architecture; never a host name."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores, {platform.system()} {platform.machine()}"
+    return f"{_processor()}, {cores()} cores, {platform.system()} {platform.machine()}"
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
