@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .data import to_device
 from .errors import NoEffect, NotFinite
 from .files import tensor_digest
-from .fit import During, Term, Training, fit
+from .fit import During, Schedule, Term, fit
 from .outputs import first
 from .progress import Progress
 from .recipe import Recipe
@@ -85,7 +85,7 @@ class Context:
     def fit(
         self,
         model: nn.Module,
-        training: Training,
+        training: Schedule,
         term: Term | None = None,
         during: During | None = None,
         text: str = "training",

@@ -21,12 +21,8 @@ Term = Callable[[nn.Module, Any, Any, "Context"], Tensor]  # (model, batch, outp
 During = Callable[[nn.Module, float], None]  # (model, t in [0, 1]) -> None, called before every optimizer step
 
 
-class Training(BaseModel):
-    """How a model is trained: cosine schedule with linear warm-up, gradient clipping, optionally a teacher's soft
-    targets.
-
-    `teacher` is the weight of the original model's soft targets in the loss (the task's own loss gets the rest).
-    """
+class Schedule(BaseModel):
+    """How long and how fast a model is trained: cosine schedule with linear warm-up, gradient clipping."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -37,8 +33,24 @@ class Training(BaseModel):
     batch_size: Annotated[int, Field(gt=0)] | None = None
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip: Annotated[float, Field(gt=0)] = 5.0
+
+    def term(self) -> Term:
+        """The loss that is minimised when the caller brings none: the task's own."""
+        return task_loss
+
+
+class Training(Schedule):
+    """How a model is trained: its schedule, and optionally a teacher's soft targets.
+
+    `teacher` is the weight of the original model's soft targets in the loss (the task's own loss gets the rest).
+    """
+
     teacher: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 4.0
+
+    def term(self) -> Term:
+        """The task's loss and the soft targets, by their weights."""
+        return weighted([(1 - self.teacher, task_loss), (self.teacher, soft_targets(self.temperature))])
 
 
 def task_loss(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
@@ -92,7 +104,7 @@ def weighted(terms: Sequence[tuple[float, Term]]) -> Term:
 def fit(
     model: nn.Module,
     ctx: Context,
-    training: Training,
+    training: Schedule,
     term: Term | None = None,
     during: During | None = None,
     text: str = "training",
@@ -102,8 +114,7 @@ def fit(
     Raises `NotFinite` as soon as the loss is NaN or infinite, `TaskError` if there are no training data or nothing to
     train.
     """
-    if term is None:
-        term = weighted([(1 - training.teacher, task_loss), (training.teacher, soft_targets(training.temperature))])
+    term = training.term() if term is None else term
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise TaskError("the model has no trainable parameter")
@@ -111,7 +122,7 @@ def fit(
         raise TaskError(f"task {ctx.task.name} has no 'train' data, which training needs")
     generator = ctx.generator(f"fit:{text}")
     size = training.batch_size or ctx.task.batch_size
-    per_epoch = _steps_per_epoch(ctx, size)
+    per_epoch = steps_per_epoch(ctx, size)
     total = max(1, round(training.epochs * per_epoch))
     optimizer = _optimizer(parameters, training)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate(done, total, training.warmup))
@@ -141,7 +152,8 @@ def fit(
     return float(torch.stack(losses[-per_epoch:]).mean())
 
 
-def _steps_per_epoch(ctx: Context, size: int) -> int:
+def steps_per_epoch(ctx: Context, size: int) -> int:
+    """How many batches of `size` the training data give; an iterable of batches counts as it is."""
     data = ctx.task.train
     from .data import is_map_style
 
@@ -165,7 +177,7 @@ def _endless(ctx: Context, size: int, generator: torch.Generator, total: int) ->
             )
 
 
-def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], training: Schedule) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=training.lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .port import DynamicPort
 
@@ -19,9 +20,16 @@ class PortedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.port(x))
 
-    @classmethod
-    def around(cls, layer: nn.Linear) -> PortedLinear:
-        """The same layer with a port: it shares the parameters of `layer`, which must not be parametrized."""
-        made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        made.weight, made.bias = layer.weight, layer.bias
-        return made.train(layer.training)
+
+def add_port(layer: nn.Linear) -> None:
+    """Turn `layer` into a `PortedLinear` in place; a parametrized one keeps its chains.
+
+    The class that parametrization made is shared with copies of the layer, so the layer gets one of its own.
+    """
+    made = type(layer)
+    if parametrize.is_parametrized(layer):
+        own = {name: value for name, value in vars(made).items() if name not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(made.__name__, (PortedLinear,), own)
+    else:
+        layer.__class__ = PortedLinear
+    layer.port = DynamicPort()
