@@ -86,6 +86,17 @@ def encodings(model: nn.Module) -> dict[str, Encoding]:
     return found
 
 
+def own_class(module: nn.Module, base: type[nn.Module] | None = None) -> None:
+    """Give a parametrized module a generated class of its own, on `base` (by default the one it stands on now).
+
+    `copy.deepcopy` shares the generated class, so a chain put on a second weight of a copy would break the original.
+    """
+    shared = type(module)
+    base = shared.__bases__[0] if base is None else base
+    content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(f"Parametrized{base.__name__}", (base,), content)
+
+
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every soft weight has become a plain parameter with the value it stands for.

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..core.soft import own_class
 from .port import DynamicPort
 
 
@@ -22,14 +23,9 @@ class PortedLinear(nn.Linear):
 
 
 def add_port(layer: nn.Linear) -> None:
-    """Turn `layer` into a `PortedLinear` in place; a parametrized one keeps its chains.
-
-    The class that parametrization made is shared with copies of the layer, so the layer gets one of its own.
-    """
-    made = type(layer)
+    """Turn `layer` into a `PortedLinear` in place; a parametrized one keeps its chains."""
     if parametrize.is_parametrized(layer):
-        own = {name: value for name, value in vars(made).items() if name not in ("__dict__", "__weakref__")}
-        layer.__class__ = type(made.__name__, (PortedLinear,), own)
+        own_class(layer, PortedLinear)
     else:
         layer.__class__ = PortedLinear
     layer.port = DynamicPort()

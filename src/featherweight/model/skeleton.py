@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from ..core import registry
 from ..core.errors import ArtifactError, TaskError
 from ..core.files import tensor_digest, value_digest, whole_folder
-from ..core.soft import Link
+from ..core.soft import Link, own_class
 from ..core.step import one_line
 from .layers import Settings, describe, known, make, rebuilders
 
@@ -222,7 +222,7 @@ def _read_page(path: Path) -> Page:
         page = Page.model_validate(content)
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged: {one_line(error)}") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged or cut short: it is no skeleton of a model") from error
     if digest != value_digest(content):
         raise ArtifactError(f"{path} was altered (its digest differs); save the model again")
@@ -318,21 +318,16 @@ def _own(part: Part, name: str, fresh: nn.Module | None) -> nn.Module:
 
 
 def _unchain(module: nn.Module, page: Page, name: str) -> None:
-    """Take the chains off a fresh module, unless what was saved goes on from them.
-
-    The class of a parametrized module is shared with the module that it was copied from; it gets its own here.
-    """
+    """Take the chains off a fresh module, unless what was saved goes on from them."""
     if not _soft(module):
         return
-    shared = type(module)
     chains = _chains(module)
     if all(_starts(page.chains.get(_join(name, attribute), []), links) for attribute, links in chains.items()):
-        own = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(shared.__name__, shared.__bases__, own)
+        own_class(module)
         return
     values = {attribute: getattr(module, attribute).detach().clone() for attribute in chains}
+    module.__class__ = parametrize.type_before_parametrizations(module)
     del module.parametrizations
-    module.__class__ = shared.__bases__[0]
     for attribute, value in values.items():
         module.register_parameter(attribute, nn.Parameter(value))
 

@@ -1,0 +1,102 @@
+"""Real tasks that take milliseconds: scikit-learn's digits for a small convolutional net and a small transformer."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from featherweight.core.context import Context
+from featherweight.core.data import Arrays
+from featherweight.core.fit import Training
+from featherweight.core.task import Task
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch norm, a shortcut, a depthwise one, and two linear layers: N x 1 x 8 x 8 to N x 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv, self.conv_norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.hidden, self.drop, self.head = nn.Linear(64, 32), nn.Dropout(0.1), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        x = nn.functional.max_pool2d(torch.relu(x + self.conv_norm(self.conv(x))), 2)
+        x = nn.functional.avg_pool2d(torch.relu(self.depth(x)), 2).flatten(1)
+        return self.head(self.drop(torch.relu(self.hidden(x))))
+
+
+class Attention(nn.Module):
+    """Self-attention with four linear layers: N x T x width to the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, length, width = x.shape
+        query, key, value = (
+            layer(x).view(size, length, self.heads, width // self.heads).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).reshape(size, length, width))
+
+
+class Transformer(nn.Module):
+    """One block over the eight rows of a picture: N x 8 x 8 to N x 10."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(8, width), nn.Parameter(torch.zeros(1, 8, width))
+        self.attend, self.norm = Attention(width, 4), nn.LayerNorm(width)
+        self.wide, self.narrow, self.last = nn.Linear(width, 48), nn.Linear(48, width), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.place
+        x = self.norm(x + self.attend(x))
+        x = self.last(x + self.narrow(nn.functional.gelu(self.wide(x))))
+        return self.head(x.mean(1))
+
+
+@functools.cache
+def digits(rows: bool = False) -> dict[str, Arrays]:
+    """320 training, 64 calibration, 64 validation and 256 test images; as pictures or as rows."""
+    found = load_digits()
+    images = torch.from_numpy(found.images).float() / 16
+    images = images if rows else images[:, None]
+    labels = torch.from_numpy(found.target).long()
+    parts = {"train": (0, 320), "calibrate": (320, 384), "validate": (384, 448), "test": (448, 704)}
+    return {name: Arrays(images[start:end], labels[start:end]) for name, (start, end) in parts.items()}
+
+
+@functools.cache
+def trained(kind: Callable[[], nn.Module]) -> Task:
+    """The task with a model of this kind, trained for some seconds at most."""
+    torch.manual_seed(0)
+    splits = digits(rows=kind is Transformer)
+    model = kind()
+    start = Task(name=kind.__name__.lower(), model=model, batch_size=64, **splits)
+    Context(start, device=torch.device("cpu")).fit(model, Training(epochs=4, lr=1e-2))
+    return Task(name=start.name, model=model.eval(), batch_size=64, **splits)
+
+
+def conv_task() -> Task:
+    return trained(ConvNet)
+
+
+def transformer_task() -> Task:
+    return trained(Transformer)
+
+
+def accuracy(task: Task, model: nn.Module) -> float:
+    """Share of test images that are named rightly."""
+    images, labels = task.test.tensors
+    with torch.no_grad():
+        return float((model.eval()(images).argmax(-1) == labels).float().mean())
