@@ -31,6 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
         _sync(temporary)
         temporary.replace(path)
     except OSError as error:

@@ -1,0 +1,238 @@
+"""The whole of featherweight from Python: compress, apply, measure, save, load."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .core.axis import Axis
+from .core.errors import FeatherweightError, TaskError
+from .core.progress import Progress
+from .core.reading import Reading
+from .core.recipe import Recipe
+from .core.run import Budget, Run
+from .core.target import Artifact, Target
+from .core.target import target as find_target
+from .core.task import Task, find_task
+from .model import skeleton
+from .report.build import build as build_report
+from .search import pipeline
+from .search.finish import ARTIFACT, MODEL, REPORT
+
+if TYPE_CHECKING:
+    from torch import nn
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Result:
+    """What a run found out and made: its model, artifact, recipe, readings and verdict, and the folder that holds them.
+
+    `folder` is where everything lies. If it was not named, it is a temporary one that lives as long as this object.
+    """
+
+    def __init__(
+        self, run: Run, folder: Path, task: Task | None = None, keep: tempfile.TemporaryDirectory[str] | None = None
+    ):
+        self.run, self.folder, self._task, self._keep = run, folder, task, keep
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The compressed model in evaluation mode, rebuilt from the folder; it can be trained and compressed again.
+
+        Raises `TaskError` if the task cannot be found again, `ArtifactError` if the folder is damaged.
+        """
+        return skeleton.load(self.folder / MODEL, like=self.task.original)
+
+    @property
+    def task(self) -> Task:
+        """The task of the run; found by its name if the result was read from a folder."""
+        if self._task is None:
+            if not self.run.task:
+                raise TaskError(f"the run in {self.folder} was made from a Task object without a name to find it by")
+            self._task = find_task(self.run.task)
+        return self._task
+
+    @property
+    def artifact(self) -> Artifact:
+        """What is to be deployed; raises `ArtifactError` if it is missing or its manifest is damaged."""
+        return Artifact(self.folder / ARTIFACT)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that made the model."""
+        return Recipe.parse(self.run.recipe)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Every figure that was read off the artifacts."""
+        return self.run.readings
+
+    @property
+    def verdict(self) -> str:
+        """What was gained and lost, in one sentence."""
+        return self.run.verdict
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the artifact meets the bar by its figures on the test split."""
+        return self.run.feasible
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the report to `path` (by default `report.html` in the folder) and return where it is."""
+        return build_report(self.run, Path(path) if path is not None else self.folder / REPORT)
+
+    def __repr__(self) -> str:
+        return f"Result({self.verdict!r}, folder={str(self.folder)!r})"
+
+
+def compress(
+    task: Task | str,
+    target: Target | str = "onnxruntime",
+    budget: Budget | None = None,
+    out: str | Path | None = None,
+    time: float | str | None = None,
+    trials: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Search for the recipe that makes the task's model best within `budget`, export it, measure it, and write a
+    report.
+
+    `task` is a `Task` or names one ("file.py:function", "package.module:function", "zoo:NAME"). `time` (seconds, or
+    text such as "10m") bounds the whole run, `trials` the number of recipes; without either it is 10 minutes. `out`
+    names the output folder: new, empty, or one that an earlier run of the same job left, which is gone on with; None
+    takes a temporary folder that lives as long as the `Result`. If nothing meets the bar the result is what came
+    nearest, with `feasible` False. Raises `FeatherweightError` with one line that says what to do.
+    """
+    task, target, budget = find_task(_located(task)), _target(target), budget or Budget()
+    seconds = parse_time(time) if time is not None else None
+    if trials is not None and trials < 1:
+        raise FeatherweightError(f"trials={trials}: at least one recipe must be tried")
+    options = {"objective": budget.objective, "max-drop": budget.max_drop, "max-size": budget.max_size}
+    options |= {
+        "max-latency": budget.max_latency,
+        "time": None if seconds is None else f"{seconds:g}s",
+        "trials": trials,
+    }
+
+    def work(folder: Path) -> Run:
+        command = _command(["compress", task.source or "TASK"], target, folder, seed, options)
+        return pipeline.compress(
+            task, target, budget, folder, time=seconds, trials=trials, seed=seed, progress=progress, command=command
+        )
+
+    return _result(work, task, out)
+
+
+def apply(
+    task: Task | str,
+    recipe: Recipe | str | Path,
+    target: Target | str = "onnxruntime",
+    out: str | Path | None = None,
+    seed: int = 0,
+    axes: Sequence[str | Axis] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Apply one recipe to the task's model, export it, measure it, and write a report; no search.
+
+    `recipe` is a `Recipe`, the path of a YAML file, or the name of one that ships with the package. `axes` (names or
+    values) says what is measured: by default everything that can be. For `task` and `out` see `compress`. Raises
+    `FeatherweightError` with one line that says what to do.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+    task, target = find_task(_located(task)), _target(target)
+
+    def work(folder: Path) -> Run:
+        command = _command(["apply", str(folder / "recipe.yaml"), task.source or "TASK"], target, folder, seed, {})
+        return pipeline.apply(task, recipe, target, folder, seed=seed, axes=axes, progress=progress, command=command)
+
+    return _result(work, task, out)
+
+
+def measure(
+    folder: str | Path,
+    axes: Sequence[str | Axis] | None = None,
+    progress: Progress | None = None,
+    task: Task | None = None,
+) -> Result:
+    """Measure the artifacts in the folder of an earlier run again, on this machine; rewrite its readings, verdict and
+    report.
+
+    `task` is needed only for a run that was made from a `Task` object. Raises `ArtifactError` for a folder that holds
+    no finished run.
+    """
+    folder = Path(folder)
+    run = pipeline.measure(folder, axes, progress, task)
+    result = Result(run, folder, task)
+    result.report()
+    return result
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write any compressed model to `folder`, structure and tensors, without pickle; the folder appears whole or not
+    at all.
+    """
+    skeleton.save(model, folder)
+
+
+def load(folder: str | Path, like: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The model that `save` wrote, with equal outputs. `like` is the original model or a function that makes it;
+    models of known layers need none.
+    """
+    return skeleton.load(folder, like)
+
+
+def parse_time(text: float | str) -> float:
+    """Seconds from a number, or from text such as "90s", "10m", "1h30m". Raises `FeatherweightError` on anything
+    else.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
+    total = sum(float(amount) * UNITS[unit or "s"] for amount, unit in parts)
+    if "".join(amount + unit for amount, unit in parts) != str(text).strip() or not total > 0:
+        raise FeatherweightError(f"{text!r} is no time; write 90s, 10m or 1h30m")
+    return total
+
+
+def _result(work: Callable[[Path], Run], task: Task, out: str | Path | None) -> Result:
+    """Do the work in the named folder, or in a temporary one that the result keeps."""
+    keep = tempfile.TemporaryDirectory(prefix="featherweight-") if out is None else None
+    folder = Path(keep.name if keep is not None else str(out))
+    result = Result(work(folder), folder, task, keep)
+    if not (folder / REPORT).exists():
+        result.report()
+    return result
+
+
+def _target(target: Target | str) -> Target:
+    return target if isinstance(target, Target) else find_target(target)
+
+
+def _located(task: Task | str) -> Task | str:
+    """A task's file by its full path, so that it is found again from anywhere."""
+    if isinstance(task, str):
+        where, colon, name = task.rpartition(":")
+        if where.endswith(".py") and Path(where).is_file():
+            return f"{Path(where).resolve()}{colon}{name}"
+    return task
+
+
+def _command(words: list[str], target: Target, folder: Path, seed: int, options: dict[str, Any]) -> str:
+    """The command line that does this run again."""
+    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
+    head = " ".join(shlex.quote(word) for word in words)
+    return " ".join(
+        [
+            "featherweight",
+            head,
+            f"--target {target.name}",
+            *given,
+            f"--seed {seed}",
+            f"--out {shlex.quote(str(folder))}",
+        ]
+    )

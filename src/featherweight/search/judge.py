@@ -1,0 +1,194 @@
+"""A candidate is judged by its artifact: exported, run over the validation split, weighed, and timed beside the
+original's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from ..core.axis import Bench, axis
+from ..core.context import Context
+from ..core.errors import ArtifactError, TaskError
+from ..core.evaluate import records
+from ..core.files import whole_file
+from ..core.metric import Records
+from ..core.progress import Progress
+from ..core.recipe import Recipe
+from ..core.record import StepRecord
+from ..core.target import Artifact, Runner, Target
+from ..core.task import Split, Task
+from ..measure.statistics import Estimate, speedup
+from ..measure.timing import Call, repeat
+from .choose import Figures
+from .output import BASELINE, work_folder
+from .store import Store, build
+
+Loads = list[np.ndarray]  # for each time that an artifact was loaded: seconds, rounds x runs
+
+RESAMPLES = 400
+LOADS = 3  # of each artifact, when it is timed
+ORIGINAL = "original"
+
+
+@dataclass
+class Job:
+    """What one run is about: the task, the target, the seed, the output folder, and where models between steps are
+    kept.
+    """
+
+    task: Task
+    target: Target
+    out: Path
+    seed: int = 0
+    progress: Progress = field(default_factory=Progress)
+    store: Store = field(default_factory=Store)
+    timing_seconds: float = 1.0
+
+    def context(self) -> Context:
+        """A fresh context for the steps of one recipe."""
+        return Context(self.task, seed=self.seed, progress=self.progress, width_multiple=self.target.width_multiple)
+
+    def build(self, recipe: Recipe) -> tuple[nn.Module, list[StepRecord]]:
+        """The model after `recipe`; prefixes that were computed before are read from the store."""
+        return build(recipe, self.context(), self.store)
+
+    def export(self, model: nn.Module, recipe: Recipe, folder: Path) -> Artifact:
+        """Write the artifact of `model` to `folder`."""
+        free = {name: self.task.free(name) for name in self.task.example}
+        return self.target.export(model, self.task.example, folder, free, recipe=recipe.dump())
+
+    @property
+    def split(self) -> Split:
+        """Where choices are made: the validation split, or test for a task that has no other (a single recipe chooses
+        nothing).
+        """
+        return "validate" if self.task.has("validate") else "test"
+
+
+class Judge:
+    """Measures candidates against the original, whose artifact and whose records are made once and kept in the output
+    folder.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self.task = job, job.task
+        started = time.perf_counter()
+        job.progress.say("the original: export and validation")
+        self.original = self._original()
+        before = time.perf_counter()
+        self.records = self._baseline()
+        self.validation_seconds = time.perf_counter() - before
+        self.accuracy = self.task.metric.reduce(self.records)
+        self.latency_ms = p50(self.time({ORIGINAL: self.original})[ORIGINAL])
+        self.seconds = time.perf_counter() - started
+
+    def judge(self, recipe: Recipe, energy: bool = False) -> Figures:
+        """Build `recipe`, export it to a folder that is removed afterwards, and measure it."""
+        model, _ = self.job.build(recipe)
+        folder = work_folder(self.job.out, "candidate")
+        try:
+            self.job.progress.say("export and validation")
+            return self.figures(self.job.export(model, recipe, folder), energy)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def figures(self, artifact: Artifact, energy: bool = False) -> Figures:
+        """What is measured of one artifact: accuracy and drop on the validation split, bytes, latency relative to the
+        original.
+        """
+        metric, own = self.task.metric, self.validate(artifact)
+        samples = self.time({ORIGINAL: self.original, "candidate": artifact})
+        ratio = speedup(samples[ORIGINAL], samples["candidate"], seed=self.job.seed)
+        accuracy = metric.reduce(own)
+        return Figures(
+            accuracy=accuracy,
+            drop=metric.drop(self.accuracy, accuracy),
+            drop_high=metric.drop_interval(self.records, own, RESAMPLES, self.job.seed)[1],
+            bytes=artifact.bytes(),
+            latency_ms=self.latency_ms / ratio.value,
+            latency_noise=half_width(ratio),
+            energy_mj=self._energy(artifact) if energy else None,
+        )
+
+    def time(self, artifacts: Mapping[str, Artifact]) -> dict[str, Loads]:
+        """Seconds per run of each artifact on one input and one thread, interleaved, loaded afresh a few times."""
+        return repeat(
+            lambda: {name: one_input(item) for name, item in artifacts.items()},
+            LOADS,
+            self.job.timing_seconds,
+            self.job.seed,
+        )
+
+    def validate(self, artifact: Artifact) -> Records:
+        """The metric's records of `artifact` on the split where choices are made."""
+        return artifact_records(self.task, artifact, self.job.split, self.job.progress)
+
+    def _original(self) -> Artifact:
+        folder = self.job.out / ORIGINAL
+        if (folder / "manifest.json").is_file():
+            artifact = Artifact(folder)
+            try:
+                artifact.verify()
+                return artifact
+            except ArtifactError as error:
+                self.job.progress.say(f"the original is exported again ({error})")
+        return self.job.export(self.task.fresh(), Recipe(), folder)
+
+    def _baseline(self) -> Records:
+        path = work_folder(self.job.out, BASELINE)
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as file:
+                return file["records"]
+        found = self.validate(self.original)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, records=found)
+        return found
+
+    def _energy(self, artifact: Artifact) -> float:
+        bench = Bench(self.task, self.original, artifact, split=self.job.split, seed=self.job.seed)
+        for reading in axis("energy").read(bench):
+            if reading.subject == "compressed" and reading.unit == "mJ":
+                return reading.value
+        raise TaskError("the axis energy gave no figure in mJ; choose another objective")
+
+
+def artifact_records(task: Task, artifact: Artifact, split: Split, progress: Progress) -> Records:
+    """The metric's records of an artifact over a split, on all cores."""
+    runner = artifact.open(threads=cores())
+    return records(task, lambda batch: task.call(runner, batch), split, progress)
+
+
+def one_input(artifact: Artifact) -> Call:
+    """A call that runs `artifact` on one real input, on one thread."""
+    runner = artifact.open(threads=1)
+    session, given = runner.session, runner.prepare(**first_of(artifact, runner))
+    return lambda: session(**given)
+
+
+def first_of(artifact: Artifact, runner: Runner) -> dict[str, np.ndarray]:
+    """The first of the artifact's own example inputs; an input whose first dimension is fixed goes in as it is."""
+    free = {item.name: item.shape[:1] == [-1] for item in runner.manifest.inputs}
+    return {name: array[:1] if free[name] else array for name, array in artifact.example().items()}
+
+
+def p50(samples: Loads) -> float:
+    """Median in milliseconds of timed runs in seconds."""
+    return float(np.median(np.concatenate([load.ravel() for load in samples])) * 1e3)
+
+
+def half_width(ratio: Estimate) -> float:
+    """Half the width of an interval, relative to the value."""
+    return (ratio.high - ratio.low) / 2 / ratio.value
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

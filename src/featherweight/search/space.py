@@ -1,0 +1,142 @@
+"""The space of recipes: for each place none or one of the methods that belong there, with the knobs that stand beside
+their settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from ..core import registry
+from ..core.recipe import Recipe
+from ..core.step import Between, OneOf, Place, Step, knobs, step
+from ..core.target import Target
+from ..core.task import Task
+
+NONE = "none"
+LEAST_EPOCHS = 0.1  # training for less is not worth starting
+SPARSE_FORMS = frozenset({"sparse", "2:4"})
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The methods that may stand at each place of a recipe, and what was left out and why.
+
+    `epochs` caps how long one step may train; None leaves it to the knob's own range.
+    """
+
+    kinds: Mapping[Place, tuple[type[Step], ...]]
+    left_out: Mapping[str, str]
+    heal_alone: bool = False
+    epochs: float | None = None
+
+    def suggest(self, trial: optuna.Trial) -> Recipe:
+        """A whole recipe from `trial`; it may hold no step at all. Healing is offered only where something was taken
+        away before it.
+        """
+        steps: list[Step] = []
+        for place, kinds in self.kinds.items():
+            if place is Place.HEAL and not steps and not self.heal_alone:
+                continue
+            picked = trial.suggest_categorical(place.name.lower(), [NONE, *(kind.kind for kind in kinds)])
+            if picked != NONE:
+                steps.append(step(picked, **self._settings(trial, Step.kinds[picked])))
+        return Recipe(steps)
+
+    def _settings(self, trial: optuna.Trial, kind: type[Step]) -> dict[str, Any]:
+        return {
+            name: self._limit(name, _suggest(trial, f"{kind.kind}.{name}", knob, kind, name))
+            for name, knob in knobs(kind).items()
+        }
+
+    def _limit(self, name: str, value: Any) -> Any:
+        return tidy(min(value, self.epochs)) if name == "epochs" and self.epochs is not None else value
+
+    def params(self, kinds: Mapping[Place, type[Step] | None], settings: Mapping[str, Any] | None = None) -> Params:
+        """The parameters that make `suggest` give these methods with their default settings, but for `settings`
+        ("kind.setting": value).
+        """
+        found: Params = {}
+        for place in self.kinds:
+            kind = kinds.get(place)
+            found[place.name.lower()] = NONE if kind is None else kind.kind
+            for name, knob in knobs(kind).items() if kind is not None else ():
+                default = kind.model_fields[name].get_default(call_default_factory=True) if kind is not None else None
+                if _inside(default, knob):
+                    found[f"{kind.kind}.{name}"] = default  # type: ignore[union-attr]
+        return found | dict(settings or {})
+
+
+def space_for(task: Task, target: Target, objective: str = "latency", epochs: float | None = None) -> Space:
+    """The space of what can work on `task` and `target`: methods are found through the registry.
+
+    Left out, with the reason: methods whose forms the target does not carry, methods that only make zeros where the
+    target stores zeros as plain numbers, and methods that train where there are no training data or no time
+    (`epochs`, what one step may train).
+    """
+    registry.load("methods")
+    kinds: dict[Place, tuple[type[Step], ...]] = {}
+    left: dict[str, str] = {}
+    for place in Place:
+        here = sorted((kind for kind in Step.kinds.values() if kind.place is place), key=lambda kind: kind.kind)
+        for kind in here:
+            if reason := _unusable(kind, task, target, epochs):
+                left[kind.kind] = reason
+        kinds[place] = tuple(kind for kind in here if kind.kind not in left)
+    return Space({place: found for place, found in kinds.items() if found}, left, objective == "accuracy", epochs)
+
+
+def _unusable(kind: type[Step], task: Task, target: Target, epochs: float | None) -> str:
+    if any(field.is_required() and name not in knobs(kind) for name, field in kind.model_fields.items()):
+        return "it has a setting without a default that the search does not know how to choose"
+    if missing := sorted(kind.makes - target.carries):
+        return f"the target {target.name} does not carry {', '.join(missing)}"
+    if kind.place is Place.SPARSIFY and not (SPARSE_FORMS & target.carries):
+        return f"the target {target.name} stores zeros as plain numbers, so they make nothing smaller or faster"
+    if kind.trains and not task.has("train"):
+        return f"task {task.name} has no training data"
+    if kind.trains and epochs is not None and epochs < LEAST_EPOCHS:
+        return "there is no time to train"
+    return ""
+
+
+def tidy(value: float) -> float:
+    """`value` with two significant digits, so that recipes can be read and prefixes are met again."""
+    return value if value == 0 else round(value, 1 - math.floor(math.log10(abs(value))))
+
+
+def _suggest(trial: optuna.Trial, label: str, knob: Between | OneOf, kind: type[Step], name: str) -> Any:
+    if isinstance(knob, OneOf):
+        return trial.suggest_categorical(label, list(knob.values))
+    if _whole(kind, name):
+        return trial.suggest_int(label, int(knob.low), int(knob.high), log=knob.log)
+    return min(max(tidy(trial.suggest_float(label, knob.low, knob.high, log=knob.log)), knob.low), knob.high)
+
+
+def _whole(kind: type[Step], name: str) -> bool:
+    """Whether the setting is a whole number."""
+    return kind.model_fields[name].annotation in (int, int | None)
+
+
+def _inside(value: Any, knob: Between | OneOf) -> bool:
+    if isinstance(knob, OneOf):
+        return value in knob.values
+    return isinstance(value, int | float) and knob.low <= value <= knob.high
+
+
+def strength(kind: type[Step]) -> tuple[str, Between] | None:
+    """The setting that says how much a method takes away: the first range among its knobs; None if it has none."""
+    return next(((name, knob) for name, knob in knobs(kind).items() if isinstance(knob, Between)), None)
+
+
+def at(knob: Between, share: float) -> float:
+    """The value at `share` (0 to 1) of a range, with two significant digits."""
+    if knob.log:
+        return tidy(math.exp(math.log(knob.low) + share * (math.log(knob.high) - math.log(knob.low))))
+    return tidy(knob.low + share * (knob.high - knob.low))
