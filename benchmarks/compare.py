@@ -13,9 +13,11 @@ import numpy as np
 from featherweight.core.evaluate import records
 from featherweight.core.metric import Metric, Records
 from featherweight.core.progress import Progress
-from featherweight.core.target import Runner, target
+from featherweight.core.target import Artifact, Runner, target
 from featherweight.core.task import Task, find_task
-from featherweight.measure.timing import interleave
+from featherweight.measure.inputs import free_inputs, sized
+from featherweight.measure.statistics import pooled_estimates, speedup
+from featherweight.measure.timing import Call, repeat
 
 from .contender import Contender, Material
 from .record import Figure, Network, Row, Timing
@@ -50,7 +52,7 @@ def compare(
     judge(task, runners, rows, progress)
     for batch in batches:
         progress.say(f"{spec}: latency at batch {batch}")
-        for name, timing in race(task, runners, batch, seconds, seed).items():
+        for name, timing in race(task, material.original, files, batch, seconds, seed).items():
             rows[name].timings.append(timing)
     for name, path in files.items():
         rows[name].bytes = path.stat().st_size
@@ -116,36 +118,36 @@ def drop(metric: Metric, original: Records, own: Records) -> Figure:
     return figure(lost, metric.drop_interval(original, own), len(own))
 
 
-def race(task: Task, runners: dict[str, Runner], batch: int, seconds: float, seed: int) -> dict[str, Timing]:
-    """Time every runner on the same inputs, interleaved; `seconds` is what each of them gets, about."""
-    inputs = tiled(task, batch)
-    calls = {name: partial(runner.session, **runner.prepare(**inputs)) for name, runner in runners.items()}
-    samples = interleave(calls, seconds=seconds * len(calls), seed=seed)
-    return {
-        name: Timing(
+def race(
+    task: Task, original: Artifact, files: dict[str, Path], batch: int, seconds: float, seed: int
+) -> dict[str, Timing]:
+    """Time every file on the same inputs, interleaved and loaded afresh; `seconds` is what each of them gets, about."""
+    inputs = inputs_of(task, original, batch)
+
+    def load() -> dict[str, Call]:
+        sessions = {name: original.target.load(path, THREADS) for name, path in files.items()}
+        return {name: partial(session, **inputs) for name, session in sessions.items()}
+
+    samples = repeat(load, seconds=seconds * len(files), seed=seed)
+    found = {}
+    for name, own in samples.items():
+        (middle,) = pooled_estimates(own, lambda taken: np.array([1e3 * np.median(taken)]), seed=seed)
+        ratio = speedup(samples[ORIGINAL], own, seed=seed)
+        rounds = sum(len(rows) for rows in own)
+        found[name] = Timing(
             batch=batch,
             threads=THREADS,
-            p50_ms=spread(1e3 * np.median(own, axis=1), seed),
-            faster=spread(np.median(samples[ORIGINAL], axis=1) / np.median(own, axis=1), seed),
+            p50_ms=figure(middle.value, middle[1:], rounds),
+            faster=figure(ratio.value, ratio[1:], rounds),
         )
-        for name, own in samples.items()
-    }
+    return found
 
 
-def tiled(task: Task, batch: int) -> dict[str, np.ndarray]:
+def inputs_of(task: Task, original: Artifact, batch: int) -> dict[str, np.ndarray]:
     """The first inputs of the test split as one batch of that size, repeated where there are fewer."""
-    given = task.named_inputs(next(iter(task.batches("test", batch_size=batch))))
-    return {
-        name: np.resize(tensor.numpy(), (batch, *tensor.shape[1:])) if 0 in task.free(name) else tensor.numpy()
-        for name, tensor in given.items()
-    }
-
-
-def spread(rounds: np.ndarray, seed: int, resamples: int = 2000) -> Figure:
-    """Median over rounds with its 95% percentile bootstrap interval over rounds."""
-    generator = np.random.default_rng(seed)
-    medians = np.median(rounds[generator.integers(0, len(rounds), (resamples, len(rounds)))], axis=1)
-    return figure(float(np.median(rounds)), tuple(np.percentile(medians, [2.5, 97.5])), len(rounds))
+    runner = Runner(original.target.load(original.file), original.manifest)
+    arrays = task.call(runner.prepare, next(iter(task.batches("test", batch_size=batch))))
+    return sized(arrays, free_inputs(original.manifest), batch)
 
 
 def figure(value: float, interval: tuple[float, ...], n: int) -> Figure:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from featherweight import catalog, cli
-from featherweight.cli import main, names, seconds
+from featherweight.cli import main, names
 from featherweight.core.axis import Axis
 from featherweight.core.progress import Progress
 from featherweight.core.reading import Reading
@@ -293,13 +293,6 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
 
 
 # -- pure parts -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("text", "value"), [("90", 90), ("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5m", 30), ("1d", 86400)]
-)
-def test_seconds(text: str, value: float) -> None:
-    assert seconds(text) == value
-
-
 def test_names() -> None:
     assert names(" accuracy, size,,latency ") == ["accuracy", "size", "latency"]
 

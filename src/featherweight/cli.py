@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import sys
 import tempfile
 import traceback
@@ -28,7 +27,6 @@ app = typer.Typer(
 Objective = StrEnum("Objective", ["latency", "size", "energy", "accuracy"])
 DEMO_FOLDER = "featherweight-demo"
 DEMO_SECONDS = 120.0
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -41,15 +39,6 @@ DISK = {
 }
 # Typer carries its own copy of Click from 0.2x on; the base of "wrong usage" is the same class in both.
 WrongUsage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-
-def seconds(text: str | float) -> float:
-    """Seconds from "90", "90s", "10m", "1h30m"; raises `typer.BadParameter` on anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", str(text))
-    total = sum(float(amount) * UNITS[unit or "s"] for amount, unit in parts)
-    if "".join(amount + unit for amount, unit in parts) != str(text) or total <= 0:
-        raise typer.BadParameter(f"{text!r} is no time; write 90s, 10m or 1h30m")
-    return total
 
 
 def names(text: str) -> list[str]:
@@ -104,9 +93,7 @@ def compress(
     max_latency: Annotated[
         float | None, typer.Option(metavar="MS", help="How long one input may take: p50, one thread.")
     ] = None,
-    time: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="TIME", help="How long all may take, such as 10m.")
-    ] = None,
+    time: Annotated[str | None, typer.Option(metavar="TIME", help="How long all may take, such as 10m.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="How many recipes may be tried.")] = None,
     seed: Seed = 0,
     as_json: Json = False,

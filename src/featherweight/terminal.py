@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,7 @@ class Bars(Progress):
         self.bars.stop()
 
     def track(self, items: Iterable[Any], text: str, total: int | None = None) -> Iterator[Any]:
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         task = self.bars.add_task(escape(text), total=total)
         try:

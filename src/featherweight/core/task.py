@@ -89,7 +89,10 @@ class Task:
     @cached_property
     def original(self) -> nn.Module:
         """The user's model in evaluation mode. Never modified: steps work on `fresh()`."""
-        made = self.model if isinstance(self.model, nn.Module) else _call(self.model, f"the model of task {self.name}")
+        with torch.enable_grad():  # the function may train; who asks first may not want gradients
+            made = (
+                self.model if isinstance(self.model, nn.Module) else _call(self.model, f"the model of task {self.name}")
+            )
         if not isinstance(made, nn.Module):
             raise TaskError(f"the model of task {self.name} is {type(made).__name__}, not a torch.nn.Module")
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
