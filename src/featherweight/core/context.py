@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,10 +42,12 @@ class Context:
     width_multiple: int = 1
     record: StepRecord = field(default_factory=lambda: StepRecord(step={}))
 
-    @property
+    @cached_property
     def teacher(self) -> nn.Module:
-        """The user's own model, in evaluation mode, on the device."""
-        return self.task.original.to(self.device)
+        """The user's own model, in evaluation mode, on the device (a copy where that is not where the user keeps it)."""
+        original = self.task.original
+        places = {parameter.device.type for parameter in original.parameters()}
+        return original if places <= {self.device.type} else copy.deepcopy(original).to(self.device)
 
     @property
     def example(self) -> dict[str, Tensor]:
