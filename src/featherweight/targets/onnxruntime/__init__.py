@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor, nn
 
-from featherweight.core.encoding import Encoding
 from featherweight.core.errors import ArtifactError, MissingExtra
 from featherweight.core.target import Session, Target, Work
+
+if TYPE_CHECKING:  # not at run time: a process that only runs an artifact is weighed, and torch is not part of it
+    from torch import Tensor, nn
+
+    from featherweight.core.encoding import Encoding
 
 LARGEST_MESSAGE = 2**31 - 2**20  # a protobuf message ends below 2 GiB; larger weights lie in a file beside it
 
@@ -34,8 +37,8 @@ class OnnxRuntime(Target, name="onnxruntime"):
     device: Literal["cpu", "cuda"] = "cpu"
 
     def write(self, plain: nn.Module, stored: dict[str, Encoding], example: dict[str, Tensor], free: dict[str, dict[int, str]], path: Path) -> None:
-        from .lower import lower
         from .floats import float_graph, save
+        from .lower import lower
 
         model = float_graph(plain, example, free, self.opset, set(stored))
         lower(model, stored, {name for name, _ in plain.named_parameters()}, signed=self._signed())
