@@ -31,7 +31,7 @@ class Latency(Axis, name="latency"):
     batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 32)
     threads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     seconds: Annotated[float, Field(gt=0, le=3600)] = 2.0
-    loads: Annotated[int, Field(ge=1, le=100)] = 5
+    loads: Annotated[int, Field(ge=1, le=100)] = 6
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 60
 
     def read(self, bench: Bench) -> list[Reading]:

@@ -17,7 +17,7 @@ _TOLERANCE = 0.05  # a call is warm when it gets no faster by more than this sha
 
 
 def repeat(
-    load: Callable[[], Mapping[str, Call]], loads: int = 5, seconds: float = 2.0, seed: int = 0, rounds: int = 60
+    load: Callable[[], Mapping[str, Call]], loads: int = 6, seconds: float = 2.0, seed: int = 0, rounds: int = 60
 ) -> dict[str, list[Samples]]:
     """Load afresh `loads` times and interleave the calls each time; `seconds` and `rounds` are for all loads together.
 
