@@ -1,0 +1,242 @@
+"""Structured pruning: whole channels, neurons and attention heads are taken away, and the network gets smaller."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ...core.context import Context
+from ...core.errors import TaskError
+from ...core.fit import Training
+from ...core.step import Between, OneOf, Place, Trait
+from ...model.cost import Cost, macs, parameters
+from ...model.cut import agreeing, remove
+from ...model.groups import Coupling, Cut, Group, couple, tensors
+from ...model.select import LayerStep, excluded, unused
+from .plan import by_rank, by_share, limits
+from .scores import l1, l2, relative, slices, taylor
+
+Scores = dict[int, Tensor]  # group -> one score per unit
+SHORT = 0.02  # how far from the asked share a result may end without a warning
+
+
+class StructuredPrune(LayerStep, kind="prune.structured"):
+    """Take away the least important channels, neurons and attention heads; what remains is a smaller dense network.
+
+    `keep` is the share that is kept of the parameters or of the multiply-accumulates (`of`). Units that can only go together are found
+    by `featherweight.model.groups`, and their removal is checked against silencing them every time. A unit's score is the sum over all
+    its slices in all coupled parameters: of magnitudes (`l1`), squares (`l2`, then the root), batch-norm scales (`bn`), or, on the
+    calibration data, of the squared first-order change of the task's loss (`taylor`, arXiv:1906.10771). All but `taylor`, which is in units of
+    the loss everywhere, are divided by the mean of their group. `scope` "global" ranks the units of all groups together, "layer" keeps the
+    same share of each group. `min_keep` is the share of its units that every group keeps at least.
+
+    Kept widths are multiples of `multiple` (default: what the target likes) in every group that has at least two such steps; smaller
+    groups give up single units. With `rounds` > 1 the share falls geometrically, scores are taken anew each time, and with
+    `retrain` the network is trained after each round. `only` and `skip` choose layers by their outputs: a group is cut only if all layers that
+    produce it are chosen. Raises `TaskError` if the model cannot be traced, or if `taylor` finds no labels.
+    """
+
+    needs = Trait.EDITABLE | Trait.RESHAPABLE
+    paper = "arXiv:1608.08710, arXiv:1906.10771"
+    place = Place.RESHAPE
+
+    keep: Annotated[float, Field(gt=0, lt=1), Between(0.3, 0.95)] = 0.7
+    of: Literal["parameters", "macs"] = "macs"
+    score: Annotated[Literal["l1", "l2", "bn", "taylor"], OneOf("l1", "l2", "taylor")] = "l2"
+    scope: Annotated[Literal["global", "layer"], OneOf("global", "layer")] = "global"
+    rounds: Annotated[int, Field(ge=1, le=100)] = 1
+    multiple: Annotated[int, Field(ge=1)] | None = None
+    min_keep: Annotated[float, Field(ge=0, le=1)] = 0.1
+    retrain: Training | None = None
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        before = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+        for glob in unused(model, (nn.Module,), self.only, self.skip):
+            ctx.warn(f"{self.kind}: no layer matches {glob!r}")
+        whole, reached, coupling = 0.0, 1.0, None
+        for turn in range(1, self.rounds + 1):
+            ctx.progress.say(f"{self.kind}: round {turn} of {self.rounds}")
+            coupling = couple(model, ctx.example)
+            price = self._price(coupling)
+            whole = whole or price([len(group) for group in coupling.groups])
+            reached = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
+            if self.retrain is not None:
+                ctx.fit(model, self.retrain, text=f"retraining after round {turn} of {self.kind}")
+        assert coupling is not None
+        self._report(model, ctx, coupling, before)
+        if abs(reached - self.keep) > SHORT:
+            ctx.warn(
+                f"{self.kind} kept {reached:.1%} of the {self.of}, not {self.keep:.1%}: the layers left alone, min_keep={self.min_keep} "
+                f"and widths in multiples of {self._multiple(ctx)} allow no nearer"
+            )
+        return model.eval()
+
+    def _price(self, coupling: Coupling) -> Cost:
+        return parameters(coupling) if self.of == "parameters" else macs(coupling)
+
+    def _multiple(self, ctx: Context) -> int:
+        return self.multiple or max(1, ctx.width_multiple)
+
+    def _round(self, model: nn.Module, ctx: Context, coupling: Coupling, price: Cost, whole: float, share: float) -> float:
+        """Remove what must go for `price` to come down to `share` of `whole`; return the share that was reached."""
+        scores = self._scores(model, ctx, coupling, self._eligible(model, coupling))
+        cut = self._plan(ctx, coupling, price, scores, share * whole)
+        cut, failed = agreeing(coupling, copy.deepcopy(model).cpu(), {name: tensor.cpu() for name, tensor in ctx.example.items()}, cut)
+        coupling.refused |= failed
+        remove(model, coupling, cut)
+        return price([len(group) - len(cut.get(place, ())) for place, group in enumerate(coupling.groups)]) / whole
+
+    def _eligible(self, model: nn.Module, coupling: Coupling) -> list[int]:
+        chosen = []
+        for place in coupling.free():
+            makers = producers(model, coupling.groups[place])
+            if all(excluded(name, self.only, self.skip) is None for name in makers):
+                chosen.append(place)
+        return chosen
+
+    def _plan(self, ctx: Context, coupling: Coupling, price: Cost, scores: Scores, target: float) -> Cut:
+        """Which units of which groups to remove."""
+        if not scores:
+            return {}
+        places = sorted(scores)
+        bounds = [
+            limits(len(coupling.groups[place]), self.min_keep, self._multiple(ctx), widths(coupling.groups[place])) for place in places
+        ]
+        everything = np.array([len(group) for group in coupling.groups])
+
+        def price_of(kept: NDArray[np.int64]) -> float:
+            counts = everything.copy()
+            counts[places] = kept
+            return price(counts)
+
+        ranks = [scores[place].double().cpu().numpy() for place in places]
+        kept = by_rank(ranks, bounds, price_of, target) if self.scope == "global" else by_share(bounds, price_of, target)
+        lowest = (np.sort(np.argsort(rank, kind="stable")[: len(rank) - count]) for rank, count in zip(ranks, kept))
+        return {place: units for place, units in zip(places, lowest) if len(units)}
+
+    def _scores(self, model: nn.Module, ctx: Context, coupling: Coupling, places: list[int]) -> Scores:
+        groups = {place: coupling.groups[place] for place in places}
+        if self.score == "taylor":
+            return loss_changes(model, ctx, coupling, groups)
+        held, found = tensors(model), {}
+        norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+        for place, group in groups.items():
+            parts = []
+            for (name, dim), positions in group.places.items():
+                if name in coupling.parameters and (self.score != "bn" or name in norms):
+                    rows = slices(held[name].detach().float(), dim, torch.as_tensor(positions, device=held[name].device))
+                    parts.append(l2(rows) if self.score == "l2" else l1(rows))
+            if parts:
+                total = torch.stack(parts).sum(0)
+                found[place] = relative(total.sqrt() if self.score == "l2" else total)
+            else:
+                coupling.refused[place] = "it has no batch norm whose scale could be its score"
+        return found
+
+    def _report(self, model: nn.Module, ctx: Context, coupling: Coupling, before: dict[str, tuple[int, ...]]) -> None:
+        """Every layer that changed, and every layer that did not and why; `coupling` is that of the last round, which knows why."""
+        groups_of = {place: number for number, group in enumerate(coupling.groups) for place in group.places}
+        for name, module in layers(model):
+            weight, dim = f"{name}.weight".lstrip("."), output_dim(module)
+            old, new = before[weight], tuple(module.weight.shape)  # type: ignore[union-attr,operator]
+            if old != new:
+                ctx.change(name, describe(old, new, dim))
+            else:
+                ctx.leave(name, self._reason(model, coupling, name, weight, dim, groups_of))
+
+    def _reason(self, model: nn.Module, coupling: Coupling, name: str, weight: str, dim: int, groups_of: dict[tuple[str, int], int]) -> str:
+        """Why the outputs of a layer are all still there."""
+        if reason := excluded(name, self.only, self.skip):
+            return reason
+        number = groups_of.get((weight, dim))
+        if number is None:
+            return coupling.fixed.get((weight, dim), "it has too few outputs")
+        if number in coupling.refused:
+            return coupling.refused[number]
+        for maker in producers(model, coupling.groups[number]):
+            if reason := excluded(maker, self.only, self.skip):
+                return f"it goes together with {maker}: {reason}"
+        return "all of its units score higher than those that had to go"
+
+
+def layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers with a weight whose outputs are units: linear, convolutions, embeddings."""
+    return [(name, module) for name, module in model.named_modules() if _is_layer(module)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of a layer's weight that counts its outputs."""
+    return 0 if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)) else 1
+
+
+def producers(model: nn.Module, group: Group) -> list[str]:
+    """The layers whose outputs are the units of `group`; of modules of other kinds all that have a matrix in it."""
+    modules = dict(model.named_modules())
+    found = []
+    for name, dim in group.places:
+        owner = name.rpartition(".")[0]
+        module = modules[owner]
+        if _is_layer(module):
+            if name.endswith("weight") and dim == output_dim(module):
+                found.append(owner)
+        elif tensors(module)[name.rpartition(".")[2]].dim() > 1:
+            found.append(owner)
+    return list(dict.fromkeys(found))
+
+
+def widths(group: Group) -> list[int]:
+    """How many indices one unit has along each dimension that it cuts."""
+    return sorted({positions.shape[1] for positions in group.places.values()})
+
+
+def describe(old: tuple[int, ...], new: tuple[int, ...], dim: int) -> str:
+    """`64 -> 40` for the outputs of a layer, and what became of its inputs if they changed."""
+    parts = [f"{old[dim]} -> {new[dim]}"] if old[dim] != new[dim] else []
+    if len(old) > 1 and old[1 - dim] != new[1 - dim]:
+        parts.append(f"inputs {old[1 - dim]} -> {new[1 - dim]}")
+    return ", ".join(parts)
+
+
+def loss_changes(model: nn.Module, ctx: Context, coupling: Coupling, groups: dict[int, Group]) -> Scores:
+    """First-order Taylor scores: mean over calibration batches of the squared change, summed over the coupled parameters."""
+    held = {name: tensor for name, tensor in tensors(model).items() if name in coupling.parameters}
+    found = {place: torch.zeros(len(group), device=ctx.device) for place, group in groups.items()}
+    trainable = {name: tensor.requires_grad for name, tensor in held.items()}
+    for tensor in held.values():
+        tensor.requires_grad_(tensor.is_floating_point())
+    batches = 0
+    model.eval()
+    for batch in ctx.progress.track(ctx.batches("calibrate"), "scoring"):
+        model.zero_grad(set_to_none=True)
+        _loss(model, ctx, batch).backward()
+        batches += 1
+        for place, group in groups.items():
+            for (name, dim), positions in group.places.items():
+                if name in held and held[name].grad is not None:
+                    index = torch.as_tensor(positions, device=held[name].device)
+                    rows = (slices(tensor, dim, index) for tensor in (held[name].detach(), held[name].grad))
+                    found[place] += taylor(*rows)
+    model.zero_grad(set_to_none=True)
+    for name, tensor in held.items():
+        tensor.requires_grad_(trainable[name])
+    return {place: total / batches for place, total in found.items()}
+
+
+def _loss(model: nn.Module, ctx: Context, batch: Any) -> Tensor:
+    output = ctx.task.call(model, batch)
+    try:
+        return ctx.task.loss(output, batch)
+    except TaskError as error:
+        raise TaskError(f"prune.structured with score=taylor needs labels in the calibration split: {error}; or use score=l2") from error
