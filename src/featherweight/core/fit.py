@@ -148,6 +148,7 @@ def fit(
             losses.append(loss.detach())
         if during is not None:
             during(model, 1.0)
+    model.zero_grad(set_to_none=True)
     model.eval()
     return float(torch.stack(losses[-per_epoch:]).mean())
 

@@ -57,6 +57,8 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
             ctx.change(layer, "batch norm folded in")
         _keep_links(module, links)
         wanted = self._choose(module, stored, ctx)
+        if not wanted:
+            return model
         placement = place(module.graph, wanted)
         _observe(module, placement, ctx, self)
         for name, node in placement.layers.items():
