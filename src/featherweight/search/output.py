@@ -16,6 +16,12 @@ from ..core.files import write_json
 JOB, RUN, STUDY = "job.json", "run.json", "study.db"
 WORK, LOCK = ".work", ".lock"
 BASELINE = "baseline.npz"  # in the working folder; the one file there that the next run of the same job still needs
+FULL = (  # how libraries say that the disk is full; the last two, ONNX Runtime and torch, do not say why
+    "no space left on device",
+    "database or disk is full",
+    "failed to write external initializers",
+    "failed writing file",
+)
 
 
 @contextlib.contextmanager
@@ -77,7 +83,7 @@ def disk_reason(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             return str(seen.strerror).lower()
-        if any(words in str(seen).lower() for words in ("no space left on device", "database or disk is full")):
+        if any(words in str(seen).lower() for words in FULL):
             return "no space left on device"
         seen = seen.__cause__ or seen.__context__
     return None
