@@ -74,19 +74,20 @@ class OnnxRuntime(Target, name="onnxruntime"):
 
         model = reading.named(reading.read(path))
         found = reading.products(model, reading.run_shapes(model, path, example))
-        integer = reading.integer_products(found, reading.optimized(model, path).graph)
+        integer = reading.integer_products(found, reading.optimized(model, path))
         return Work(
             parameters=reading.parameters(model),
             macs=sum(product.macs for product in found),
             integer_macs=sum(product.macs for product in found if product.name in integer),
             weight_bytes=reading.weight_bytes(model),
+            activation_bytes=reading.result_bytes(model, path, example),
         )
 
     def evidence(self, path: Path) -> dict[str, Any]:
         from . import reading
 
         model = reading.named(reading.read(path))
-        graph = reading.optimized(model, path).graph
+        graph = reading.optimized(model, path)
         integer, floats = reading.kernels(graph)
         found = reading.products(model)
         names = reading.integer_products(found, graph)

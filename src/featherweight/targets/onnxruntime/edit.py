@@ -62,6 +62,12 @@ class Editor:
             old.name, new.name = None, old.name
         self.replace(old, new)
 
+    def set(self, node: ir.Node, name: str, value: Any) -> None:
+        """Give an attribute of `node` this value."""
+        from onnxscript import ir
+
+        node.attributes[name] = ir.convenience.convert_attribute(name, value)
+
     def hold(self, value: ir.Value, array: np.ndarray) -> ir.Value:
         """An initializer with the name of the initializer `value` that holds `array`; `value` keeps another name while it is read."""
         name = value.name

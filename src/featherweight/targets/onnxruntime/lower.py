@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from featherweight.core.encoding import Encoding
 
-from .activations import drop_clipping, make_signed, move_behind, pool_means, quantize_biases
+from .activations import drop_clipping, make_signed, move_behind
+from .biases import quantize_biases
+from .convolution import absorb_padding, merge_slices, pad_channels, pool_means
 from .edit import Editor
 from .linear import look_up, multiply_dynamic, restore_floats
 from .shrink import shrink
@@ -28,9 +30,13 @@ def lower(model: ir.Model, stored: dict[str, Encoding], parameters: set[str], si
     pool_means(edit)
     move_behind(edit)
     drop_clipping(edit)
+    merge_slices(edit)
+    absorb_padding(edit)
     multiply_dynamic(edit)
     look_up(edit)
     quantize_biases(edit)
+    if not signed:
+        pad_channels(edit)
     restore_floats(edit)
     edit.sweep()
     shrink(model, {name for name in model.graph.initializers if set(weights_in(name)) & parameters})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 PRODUCTS = frozenset({"Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "LSTM", "GRU", "RNN"})
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # their third operand is a bias
 FLOAT_KERNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention"})
+NODE = "node"
 INTEGER_MARKS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention")
 
 
@@ -88,7 +92,7 @@ class Product:
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with a name for every node, so that it can be found again in what the runtime makes of it."""
     for place, node in enumerate(model.graph.node):
-        node.name = f"node{place}"
+        node.name = f"{NODE}{place}"
     return model
 
 
@@ -128,22 +132,35 @@ def _origins(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 
 def run_shapes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all operands of products, seen in a run of one input (of the first, where the first dimension is free)."""
+    """Shapes of all operands of products, seen in a run of one input (the first, where the first dimension is free)."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    asked = {name for node in model.graph.node if node.op_type in PRODUCTS for name in (*node.input[:3], node.output[0]) if name}
+    with _written(model, path) as file:
+        results = _results(file, asked - set(shapes), example)
+    return shapes | {name: result.shape for name, result in results.items()}
+
+
+def result_bytes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarray]) -> int:
+    """Bytes of all that the operations give in one run of one input, each result once, in the graph that the runtime makes of it."""
+    with _optimized(model, path) as file:
+        graph = read(file).graph
+        inputs = {value.name for value in graph.input}
+        made = {name for node in graph.node for name in node.output if name} - inputs
+        return sum(result.nbytes for name, result in _results(file, made, example).items() if name in made)
+
+
+def _results(file: Path, asked: set[str], example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the values in `asked` are in a run of one input; inputs of the graph are given as well."""
     import onnx
 
-    asked = {name for node in model.graph.node if node.op_type in PRODUCTS for name in (*node.input[:3], node.output[0]) if name}
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    wider = onnx.ModelProto()
-    wider.CopyFrom(model)
+    model = read(file)
+    given = {value.name: example[value.name][:1] if _free(value) else example[value.name] for value in model.graph.input}
     present = {value.name for value in model.graph.output}
-    inputs = {value.name: value for value in model.graph.input}
-    names = sorted(asked - set(shapes) - present - set(inputs))
-    wider.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    given = {name: example[name][:1] if _free(value) else example[name] for name, value in inputs.items()}
-    session = _session(wider, path)
-    results = session.run([*names, *present], given)
-    shapes.update({name: result.shape for name, result in zip([*names, *present], results)})
-    return shapes | {name: array.shape for name, array in given.items()}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(asked - present - set(given)))
+    names = [value.name for value in model.graph.output]
+    with _written(model, file) as wider:
+        session = _session(wider)
+        return dict(zip(names, session.run(names, given))) | given
 
 
 def _free(value: onnx.ValueInfoProto) -> bool:
@@ -151,35 +168,43 @@ def _free(value: onnx.ValueInfoProto) -> bool:
     return bool(dims) and not dims[0].HasField("dim_value")
 
 
-def _session(model: onnx.ModelProto, path: Path) -> Any:
-    """A session over a changed copy of the graph in `path`, not optimized; external data are read where they lie."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
+@contextlib.contextmanager
+def _written(model: onnx.ModelProto, path: Path) -> Iterator[Path]:
+    """A changed copy of the graph in `path`, as a file beside it, so that external data are found."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
         file.write(model.SerializeToString())
         file.flush()
-        return onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+        yield Path(file.name)
+
+
+def _session(file: Path, optimized: Path | None = None) -> Any:
+    """A session that runs the graph as it is, or, if `optimized` is given, writes there what ONNX Runtime makes of it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    if optimized is None:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    else:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 # -- what the runtime makes of it --------------------------------------------------------------------------------------
-def optimized(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The graph that ONNX Runtime runs on this processor for `model`, whose external data lie beside `path`; weights are left out."""
-    import onnx
-    import onnxruntime
+@contextlib.contextmanager
+def _optimized(model: onnx.ModelProto, path: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _written(model, path) as file:
+        result = Path(folder) / "optimized.onnx"
+        _session(file, result)
+        yield result
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
-        file.write(model.SerializeToString())
-        file.flush()
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        options.intra_op_num_threads, options.log_severity_level = 1, 4
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
-        onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath, load_external_data=False)
+
+def optimized(model: onnx.ModelProto, path: Path) -> onnx.GraphProto:
+    """The graph that ONNX Runtime runs on this processor for `model`, whose external data lie beside `path`; weights are left out."""
+    with _optimized(model, path) as file:
+        return read(file).graph
 
 
 def is_integer_kernel(kind: str) -> bool:
@@ -196,7 +221,8 @@ def kernels(graph: onnx.GraphProto) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def integer_products(found: list[Product], graph: onnx.GraphProto) -> set[str]:
-    """Names of those products that integer kernels compute: kernels that bear the node's name, or read its weight as it is stored."""
-    names = {node.name for node in graph.node if is_integer_kernel(node.op_type)}
-    read = {name for node in graph.node if is_integer_kernel(node.op_type) for value in node.input if value for name in weights_in(value)}
+    """Names of those products that integer kernels compute: kernels whose name begins with the node's, or that read its weight as stored."""
+    kernels = [node for node in graph.node if is_integer_kernel(node.op_type)]
+    names = {match.group() for node in kernels if (match := re.match(NODE + r"\d+", node.name))}
+    read = {name for node in kernels for value in node.input if value for name in weights_in(value)}
     return {product.name for product in found if product.name in names or set(product.weights) & read}
