@@ -188,7 +188,7 @@ def _session(file: Path, optimized: Path | None = None) -> Any:
     else:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "4096")
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
