@@ -15,6 +15,7 @@ from ..core.files import write_json
 
 JOB, RUN, STUDY = "job.json", "run.json", "study.db"
 WORK, LOCK = ".work", ".lock"
+MADE = ("original", "artifact", "model", "recipe.yaml", "readings.json")
 BASELINE = "baseline.npz"  # in the working folder; the one file there that the next run of the same job still needs
 FULL = (  # how libraries say that the disk is full; the last two, ONNX Runtime and torch, do not say why
     "no space left on device",
@@ -153,8 +154,12 @@ def _clear(out: Path) -> None:
 
 
 def _abandon(out: Path, existed: bool) -> None:
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    for name in (JOB, LOCK):
-        (out / name).unlink(missing_ok=True)
+    """Remove what a run made that failed before anything was finished; `out` can be used for another job then."""
+    for name in (*MADE, WORK, JOB, LOCK):
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     if not existed and not any(out.iterdir()):
         out.rmdir()
