@@ -249,7 +249,8 @@ def _loss(run: Run) -> Tile | None:
     words = ("lost", "gained") if run.metric.get("higher_is_better", True) else ("higher", "lower")
     caption = f"of {name} {words[value < 0]}" if words[0] == "lost" else f"{words[value < 0]} {name}"
     allowed = run.budget.max_drop is not None and value <= run.budget.max_drop + 1e-9
-    direction: Direction = "better" if value < 0 else "" if allowed else "worse"
+    unclear = reading is not None and holds(reading, 0.0)
+    direction: Direction = "" if unclear or (allowed and value > 0) else "better" if value < 0 else "worse"
     return Tile(figure, unit, caption, ", ".join(parts), direction)
 
 

@@ -187,7 +187,7 @@ def facts(item: Candidate, run: Run) -> list[tuple[str, str]]:
     if item.drop is not None:
         found.append(("lost", text.lost(item.drop, unit)))
     if item.drop_high is not None:
-        found.append(("lost at 95%", text.lost(item.drop_high, unit)))
+        found.append(("lost, 95% bound", text.lost(item.drop_high, unit)))
     if item.latency_ms is not None:
         found.append(("latency", text.amount(item.latency_ms, "ms")))
     if item.bytes is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 ONNXRUNTIME = """\
 import numpy as np
 import onnxruntime
 
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
-session = onnxruntime.InferenceSession({model!r}, options, providers=["CPUExecutionProvider"])
-example = np.load({example!r})  # real inputs by name; put your own here
+session = onnxruntime.InferenceSession({model}, options, providers=["CPUExecutionProvider"])
+example = np.load({example})  # real inputs by name; put your own here
 inputs = {{info.name: example[info.name] for info in session.get_inputs()}}
 outputs = session.run(None, inputs)
 for info, output in zip(session.get_outputs(), outputs):
@@ -21,8 +23,8 @@ TORCH = """\
 import numpy as np
 import torch
 
-model = torch.export.load({model!r}).module()
-inputs = {{name: torch.from_numpy(array) for name, array in np.load({example!r}).items()}}  # put your own here
+model = torch.export.load({model}).module()
+inputs = {{name: torch.from_numpy(array) for name, array in np.load({example}).items()}}  # put your own here
 with torch.inference_mode():
     output = model(**inputs)
 print(output)
@@ -31,7 +33,7 @@ print(output)
 ANY = """\
 from featherweight.core.target import Artifact
 
-artifact = Artifact({folder!r})
+artifact = Artifact({folder})
 model = artifact.open(threads=1)  # checks every file's digest, then loads it in its runtime
 output = model(**artifact.example())  # real inputs by name; put your own here
 print(output)
@@ -45,7 +47,8 @@ def snippet(target: str, folder: str) -> str:
     """Python that runs the artifact in `folder` on its example; where the target is not known here, by this package."""
     lines = {"onnxruntime": ONNXRUNTIME, "torch": TORCH}.get(target, ANY)
     base = folder.rstrip("/")
-    return lines.format(folder=folder, model=f"{base}/{FILES.get(target, '')}", example=f"{base}/example.npz")
+    paths = {"folder": folder, "model": f"{base}/{FILES.get(target, '')}", "example": f"{base}/example.npz"}
+    return lines.format(**{name: json.dumps(path, ensure_ascii=False) for name, path in paths.items()})
 
 
 def needs(target: str) -> str:

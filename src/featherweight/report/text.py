@@ -148,8 +148,9 @@ def duration(seconds: float) -> str:
 
 
 def settings(values: Mapping[str, Any]) -> str:
-    """Settings as `name=value` pairs; nested ones in brackets."""
-    return ", ".join(f"{key}={_value(value)}" for key, value in values.items() if key != "kind")
+    """Settings as `name=value` pairs, nested ones in brackets; without those that are None or an empty list."""
+    given = {key: value for key, value in values.items() if key != "kind" and value is not None and value != []}
+    return ", ".join(f"{key}={_value(value)}" for key, value in given.items())
 
 
 def step(item: Any) -> str:

@@ -157,4 +157,5 @@ def again(run: Run) -> str:
     """The command that applies the recipe once more without a search; empty if the task has no name to call it by."""
     if not run.task:
         return ""
-    return f"featherweight apply recipe.yaml {shlex.quote(run.task)} --target {run.target.get('name', '')} --out again"
+    words = ["featherweight", "apply", "recipe.yaml", run.task, "--target", str(run.target.get("name", ""))]
+    return shlex.join([*words, "--seed", str(run.seed), "--out", "again"])
