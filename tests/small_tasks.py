@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -65,6 +66,12 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """For the modules that import it: more threads only make networks as small as these slower."""
+    torch.set_num_threads(1)
+
+
 @functools.cache
 def digits(rows: bool = False) -> dict[str, Arrays]:
     """320 training, 64 calibration, 64 validation and 256 test images; as pictures or as rows."""
@@ -83,7 +90,7 @@ def trained(kind: Callable[[], nn.Module]) -> Task:
     splits = digits(rows=kind is Transformer)
     model = kind()
     start = Task(name=kind.__name__.lower(), model=model, batch_size=64, **splits)
-    Context(start, device=torch.device("cpu")).fit(model, Training(epochs=4, lr=1e-2))
+    Context(start, device=torch.device("cpu")).fit(model, Training(epochs=16, lr=1e-2))
     return Task(name=start.name, model=model.eval(), batch_size=64, **splits)
 
 

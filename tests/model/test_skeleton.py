@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_tasks import ConvNet, Transformer, conv_task
+from small_tasks import ConvNet, Transformer, conv_task, one_thread  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrize
 

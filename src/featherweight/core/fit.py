@@ -137,7 +137,7 @@ def fit(
             loss = term(model, batch, ctx.task.call(model, batch), ctx)
             if not torch.isfinite(loss):
                 raise NotFinite(
-                    f"the loss became {float(loss)} at step {done + 1} of {total} of {text}; "
+                    f"the loss became {float(loss.detach())} at step {done + 1} of {total} of {text}; "
                     f"lower lr (it is {training.lr})"
                 )
             optimizer.zero_grad(set_to_none=True)

@@ -84,10 +84,12 @@ def _teacher(spec: str, ctx: Context) -> nn.Module:
 
 @torch.no_grad()
 def _check_outputs(model: nn.Module, teachers: list[nn.Module], ctx: Context) -> None:
-    wanted = first(model.eval()(**ctx.example)).shape
+    """Refuse, before any training, a teacher that cannot run on this task's data or answers in another shape."""
+    batch = next(ctx.batches("train"), None)
+    wanted = first(ctx.task.call(model.eval(), batch)).shape
     for place, teacher in enumerate(teachers):
         try:
-            found = first(teacher(**ctx.example)).shape
+            found = first(ctx.task.call(teacher, batch)).shape
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             raise TaskError(f"distill.logits: teacher {place} fails on the task's inputs: {text}") from error

@@ -54,13 +54,13 @@ class DynamicQuantization(LayerStep, kind="quantize.dynamic"):
 
 def obstacle(layer: nn.Linear, called: bool, stored: Encoding | None) -> str:
     """Why a linear layer cannot be quantized as a layer of its own; empty if it can."""
+    if stored is not None and not isinstance(stored, Sparse):
+        return f"its weight is already stored as {stored.form}"
     if not called:
         return "its forward is never called: the module around it reads its weight"
     kind = parametrize.type_before_parametrizations(layer)
     if kind is not nn.Linear:
         return f"is a {kind.__name__}, which may compute otherwise than nn.Linear"
-    if stored is not None and not isinstance(stored, Sparse):
-        return f"its weight is already stored as {stored.form}"
     return ""
 
 

@@ -1,0 +1,170 @@
+"""quantize.dynamic: what it stores, what it computes, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from small_tasks import Transformer, accuracy, conv_task, digits, one_thread, transformer_task  # noqa: F401
+from torch import nn
+from torch.nn.utils import parametrize
+
+from featherweight.core.context import Context, run_step
+from featherweight.core.encoding import Affine
+from featherweight.core.errors import NoEffect, RecipeError
+from featherweight.core.recipe import Recipe
+from featherweight.core.soft import Mask, encodings, fold
+from featherweight.core.step import step
+from featherweight.core.task import Task
+from featherweight.methods.quantize.arithmetic import scale_by_error, scale_by_max
+from featherweight.model.port import dynamic_quantize
+from featherweight.model.ported import PortedLinear
+
+CPU = torch.device("cpu")
+
+
+def quantized(task: Task, model: nn.Module | None = None, **settings):
+    given = task.fresh() if model is None else model
+    return run_step(step("quantize.dynamic", **settings), given, Context(task, device=CPU))
+
+
+def picture_task(model: nn.Module) -> Task:
+    return Task(name="pictures", model=model.eval(), batch_size=64, **digits(rows=True))
+
+
+def test_a_transformer_keeps_its_accuracy_in_integers():
+    task = transformer_task()
+    model, record = quantized(task)
+    linear = {name for name, layer in task.original.named_modules() if isinstance(layer, nn.Linear)}
+    assert set(record.changed) == linear and set(encodings(model)) == {f"{name}.weight" for name in linear}
+    assert accuracy(task, model) > accuracy(task, task.original) - 0.02
+    assert {left.layer for left in record.left} == {"", "norm", "last"}  # the raw position, and two norms
+
+
+def test_it_computes_with_rounded_weights_and_inputs():
+    task = conv_task()
+    model, _ = quantized(task)
+    assert isinstance(model.head, PortedLinear) and isinstance(model.head, nn.Linear)
+    encoding = encodings(model)["head.weight"]
+    assert isinstance(encoding, Affine) and encoding.axis == 0 and encoding.values.dtype == torch.int8
+    original = task.original.head.weight
+    assert torch.equal(encoding.scale, scale_by_max(original, 0))
+    x = torch.randn(5, 32)
+    wanted = nn.functional.linear(dynamic_quantize(x), encoding.decode(), model.head.bias)
+    assert torch.equal(model.head(x), wanted)
+    assert torch.equal(fold(model).head(x), wanted)
+
+
+def test_an_input_is_quantized_as_onnx_runtime_does():
+    """DynamicQuantizeLinear of ONNX: range with zero in it, 255 steps, half to even."""
+    x = torch.tensor([[-1.0, 0.0, 0.3, 2.0]])
+    scale = 3.0 / 255
+    zero = round(1.0 / scale)
+    integers = (torch.round(x / scale) + zero).clamp(0, 255)
+    assert torch.allclose(dynamic_quantize(x), (integers - zero) * scale, atol=1e-6)
+    assert torch.equal(dynamic_quantize(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_scales_by_least_error():
+    task = conv_task()
+    model, _ = quantized(task, weights="mse")
+    assert torch.equal(encodings(model)["hidden.weight"].scale, scale_by_error(task.original.hidden.weight, 0))
+
+
+def test_convolutions_and_norms_are_left_alone_and_named():
+    _, record = quantized(conv_task())
+    reasons = {left.layer: left.reason for left in record.left}
+    assert set(record.changed) == {"hidden", "head"}
+    assert set(reasons) == {"stem", "stem_norm", "conv", "conv_norm", "depth"}
+    assert reasons["stem_norm"] == "is a BatchNorm2d, not a linear layer; stays in floats"
+
+
+def test_chosen_layers_only():
+    model, record = quantized(conv_task(), skip=["head"])
+    assert set(encodings(model)) == {"hidden.weight"}
+    assert {left.layer: left.reason for left in record.left}["head"] == "excluded by skip='head'"
+    assert type(model.head) is nn.Linear
+
+
+def test_masks_stay_in_force():
+    task = conv_task()
+    model = task.fresh()
+    keep = model.hidden.weight.abs() > model.hidden.weight.abs().median()
+    parametrize.register_parametrization(model.hidden, "weight", Mask(keep))
+    copied = copy.deepcopy(model)
+    found, _ = quantized(task, model)
+    assert (found.hidden.weight[~keep] == 0).all() and encodings(found)["hidden.weight"].form == "int8"
+    assert isinstance(found.hidden, PortedLinear)
+    assert not isinstance(copied.hidden, PortedLinear) and torch.isfinite(copied(task.example["x"])).all()
+
+
+def test_twice_is_no_order_and_no_effect():
+    task = conv_task()
+    model, _ = quantized(task)
+    ctx = Context(task, device=CPU)
+    with pytest.raises(NoEffect, match=r"quantize\.dynamic changed nothing: "):
+        run_step(step("quantize.dynamic"), model, ctx)
+    assert {left.reason for left in ctx.record.left if left.layer == "head"} == {"its weight is already stored as int8"}
+    with pytest.raises(RecipeError, match="needs a model that is still editable"):
+        Recipe([step("quantize.dynamic"), step("quantize.static")]).check()
+
+
+def test_a_model_without_linear_layers_says_so():
+    model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
+    task = Task(name="plain", model=model.eval(), **digits())
+    with pytest.raises(NoEffect, match="0: is a Conv2d, not a linear layer"):
+        quantized(task)
+
+
+class Rows(nn.Module):
+    """torch's own transformer layer, whose fused kernel reads weights past their modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.block(x).mean(1))
+
+
+def test_layers_that_are_never_called_are_left_alone_and_ports_are_not_bypassed():
+    torch.manual_seed(0)
+    task = picture_task(Rows())
+    model, record = quantized(task)
+    assert set(record.changed) == {"block.linear1", "block.linear2", "head"}
+    reasons = {left.layer: left.reason for left in record.left}
+    assert reasons["block.self_attn.out_proj"].startswith("its forward is never called")
+    called = []
+    model.block.linear1.port.forward = lambda x: called.append(x) or dynamic_quantize(x)
+    with torch.no_grad():
+        model(**task.example)
+    assert len(called) == 1
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_subclass_of_linear_is_left_alone():
+    task = picture_task(nn.Sequential(nn.Flatten(), OwnLinear(64, 20), nn.Linear(20, 10)))
+    _, record = quantized(task)
+    assert set(record.changed) == {"2"}
+    assert [left.reason for left in record.left] == ["is a OwnLinear, which may compute otherwise than nn.Linear"]
+
+
+def test_a_layer_used_twice_is_changed_once():
+    shared = nn.Linear(64, 64)
+    task = picture_task(nn.Sequential(nn.Flatten(), shared, nn.ReLU(), shared, nn.Linear(64, 10)))
+    model, record = quantized(task)
+    assert set(record.changed) == {"1", "4"} and model[1] is model[3]
+    assert len(model[1].parametrizations.weight) == 1
+
+
+def test_gradients_pass_through_ports_and_grids():
+    task = transformer_task()
+    model, _ = quantized(task)
+    assert isinstance(model, Transformer)
+    task.loss(model(task.example["x"]), (None, torch.tensor([1, 2]))).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert float(model.embed.parametrizations.weight.original.grad.abs().max()) > 0
