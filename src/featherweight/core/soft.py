@@ -97,6 +97,15 @@ def own_class(module: nn.Module, base: type[nn.Module] | None = None) -> None:
     module.__class__ = type(f"Parametrized{base.__name__}", (base,), content)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares nothing with it, generated classes of parametrized modules included."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        if parametrize.is_parametrized(module):
+            own_class(module)
+    return made
+
+
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every soft weight has become a plain parameter with the value it stands for.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -135,10 +136,16 @@ def knobs(kind: type[Step]) -> dict[str, Between | OneOf]:
     """What the search may vary in a step of this kind: setting -> range."""
     found: dict[str, Between | OneOf] = {}
     for name, field in kind.model_fields.items():
-        extras = list(field.metadata)
-        if get_origin(field.annotation) is Annotated:
-            extras += get_args(field.annotation)[1:]
-        for extra in extras:
+        for extra in [*field.metadata, *_annotations(field.annotation)]:
             if isinstance(extra, Between | OneOf):
                 found[name] = extra
     return found
+
+
+def _annotations(kind: Any) -> list[Any]:
+    """What stands beside a type in `Annotated`, also where None may stand instead of the type."""
+    if get_origin(kind) is Annotated:
+        return list(get_args(kind)[1:])
+    if get_origin(kind) in (Union, UnionType):
+        return [extra for member in get_args(kind) for extra in _annotations(member)]
+    return []

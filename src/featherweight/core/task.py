@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +21,7 @@ from . import registry
 from .errors import FeatherweightError, NotFinite, TaskError
 from .metric import Metric, top1
 from .outputs import as_arrays, first
+from .soft import copied
 
 Split = Literal["train", "calibrate", "validate", "test"]
 SPLITS: tuple[Split, ...] = ("train", "calibrate", "validate", "test")
@@ -100,11 +100,11 @@ class Task:
                 raise NotFinite(
                     f"task {self.name}: the weight {name!r} holds NaN or infinite values; repair the model first"
                 )
-        return made if not made.training else copy.deepcopy(made).eval()
+        return made if not made.training else copied(made).eval()
 
     def fresh(self) -> nn.Module:
         """A copy of the user's model in evaluation mode."""
-        return copy.deepcopy(self.original)
+        return copied(self.original)
 
     @cached_property
     def input_names(self) -> tuple[str, ...]:

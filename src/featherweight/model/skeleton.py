@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import struct
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..core import registry
 from ..core.errors import ArtifactError, TaskError
 from ..core.files import tensor_digest, value_digest, whole_folder
-from ..core.soft import Link, own_class
+from ..core.soft import Link, copied
 from ..core.step import one_line
 from .layers import Settings, describe, known, make, rebuilders
 
@@ -205,12 +204,11 @@ def load(folder: str | Path, like: Like = None) -> nn.Module:
 
 
 def _fresh(like: Like) -> nn.Module | None:
-    if isinstance(like, nn.Module):
-        return copy.deepcopy(like).cpu()
-    made = like() if like is not None else None
+    """A model of our own to build into; a copy even of what a function gives, which may be the user's own."""
+    made = like if like is None or isinstance(like, nn.Module) else like()
     if made is not None and not isinstance(made, nn.Module):
         raise TaskError(f"like= gave {type(made).__name__}; it must be a model or a function that makes one")
-    return made
+    return None if made is None else copied(made).cpu()
 
 
 def _read_page(path: Path) -> Page:
@@ -323,7 +321,6 @@ def _unchain(module: nn.Module, page: Page, name: str) -> None:
         return
     chains = _chains(module)
     if all(_starts(page.chains.get(_join(name, attribute), []), links) for attribute, links in chains.items()):
-        own_class(module)
         return
     values = {attribute: getattr(module, attribute).detach().clone() for attribute in chains}
     module.__class__ = parametrize.type_before_parametrizations(module)

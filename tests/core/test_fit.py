@@ -1,0 +1,133 @@
+"""The training loop: deterministic, alive, and loud when numbers break."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from featherweight.core.context import Context, fingerprint
+from featherweight.core.data import Arrays
+from featherweight.core.errors import NotFinite, TaskError
+from featherweight.core.fit import Training, fit, steps_per_epoch, task_loss, weighted
+from featherweight.core.task import Task
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop, self.outer = nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.outer(self.drop(torch.tanh(self.inner(x))))
+
+
+@pytest.fixture
+def task() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(70, 6, generator=generator)
+    data = Arrays(x, x[:, :3].argmax(1), augment=lambda x, rng: x + 0.1 * torch.randn(x.shape, generator=rng))
+    torch.manual_seed(0)
+    return Task(name="argmax", model=Net().eval(), train=data, test=data, batch_size=16)
+
+
+def context(task: Task, seed: int = 0) -> Context:
+    return Context(task, seed=seed, device=torch.device("cpu"))
+
+
+def test_it_learns_and_leaves_no_trace(task):
+    model = task.fresh()
+    torch.manual_seed(3)
+    state, untouched = torch.get_rng_state(), fingerprint(task.original)
+    first = fit(model, context(task), Training(epochs=1, lr=1e-2))
+    last = fit(model, context(task), Training(epochs=10, lr=1e-2))
+    assert last < 0.7 * first
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state) and fingerprint(task.original) == untouched
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_same_seed_same_weights_whatever_the_global_state(task, optimizer):
+    found = []
+    for seed, disturb in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(disturb)
+        model = task.fresh()
+        fit(model, context(task, seed), Training(epochs=2, optimizer=optimizer))
+        found.append(fingerprint(model))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.01, 1), (0.5, 2), (1, 5), (2.2, 11)])
+def test_epochs_may_be_parts(task, epochs, steps):
+    seen = []
+    fit(task.fresh(), context(task), Training(epochs=epochs), during=lambda model, t: seen.append(t))
+    assert steps_per_epoch(context(task), 16) == 5
+    assert seen == [place / steps for place in range(steps)] + [1.0]
+
+
+def test_the_rate_warms_up_and_ends_near_nought(task, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda self, *rest: (rates.append(self.param_groups[0]["lr"]), step(self, *rest))[1]
+    )
+    fit(task.fresh(), context(task), Training(epochs=8, optimizer="sgd", lr=0.1, warmup=0.1))
+    assert len(rates) == 40 and rates[:4] == sorted(rates[:4]) and rates[0] < 0.03
+    assert max(rates) == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] < 0.001
+
+
+def test_a_loss_that_is_nan_stops_at_once(task):
+    calls = []
+
+    def loss(output, batch):
+        calls.append(1)
+        return output.sum() * (math.nan if len(calls) == 3 else 0.0)
+
+    with pytest.raises(NotFinite, match=r"the loss became nan at step 3 of 5 of training; lower lr \(it is 0\.001\)"):
+        fit(replace(task, loss=loss).fresh(), context(replace(task, loss=loss)), Training())
+    assert len(calls) == 3
+
+
+def test_no_data_nothing_to_train_and_an_iterable_that_is_used_up(task):
+    with pytest.raises(TaskError, match="has no 'train' data"):
+        fit(task.fresh(), context(replace(task, train=None)), Training())
+    with pytest.raises(TaskError, match="no trainable parameter"):
+        fit(task.fresh().requires_grad_(False), context(task), Training())
+    used = iter([])
+    with pytest.raises(TaskError, match="must start anew each time"):
+        fit(task.fresh(), context(replace(task, train=used)), Training())
+
+
+def test_batches_that_come_ready_are_taken_as_they_are(task):
+    ready = [task.train.batch(torch.arange(start, start + 10)) for start in (0, 10, 20)]
+    seen = []
+    listed = replace(task, train=ready)
+    fit(listed.fresh(), context(listed), Training(epochs=2), during=lambda model, t: seen.append(t))
+    assert len(seen) == 7
+
+
+def test_frozen_parameters_do_not_move(task):
+    model = task.fresh()
+    model.inner.weight.requires_grad_(False)
+    before = model.inner.weight.clone()
+    fit(model, context(task), Training(weight_decay=0.1))
+    assert torch.equal(model.inner.weight, before) and not torch.equal(model.outer.weight, task.original.outer.weight)
+
+
+def test_terms_are_weighted_and_those_of_weight_nought_not_computed(task):
+    def broken(model, batch, output, ctx):
+        raise AssertionError("computed")
+
+    model, ctx, batch = task.original, context(task), next(iter(task.batches("train")))
+    output = model(batch[0])
+    twice = weighted([(2.0, task_loss), (0.0, broken)])(model, batch, output, ctx)
+    assert torch.allclose(twice, 2 * task_loss(model, batch, output, ctx))
+
+
+def test_generators_depend_on_seed_and_purpose_only(task):
+    draws = [
+        torch.rand(1, generator=context(task, seed).generator(purpose)).item()
+        for seed, purpose in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))
+    ]
+    assert draws[0] == draws[1] and len(set(draws)) == 3
