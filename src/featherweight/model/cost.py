@@ -42,11 +42,15 @@ def parameters(coupling: Coupling) -> Cost:
     terms = []
     for name in sorted(coupling.parameters):
         shape = coupling.shapes[name]
-        cut: dict[int, Indices] = {dim: coupling.dims[name, dim] for dim in range(len(shape)) if (name, dim) in coupling.dims}
+        cut: dict[int, Indices] = {
+            dim: coupling.dims[name, dim] for dim in range(len(shape)) if (name, dim) in coupling.dims
+        }
         terms.append(Work(prod(size for dim, size in enumerate(shape) if dim not in cut), tuple(cut.values())))
     return Cost(coupling, terms)
 
 
 def macs(coupling: Coupling) -> Cost:
-    """Multiply-accumulates of all linear layers, convolutions, matrix products and attentions, on the example that was traced."""
+    """Multiply-accumulates of all linear layers, convolutions, matrix products and attentions, on the example that
+    was traced.
+    """
     return Cost(coupling, coupling.works)

@@ -37,7 +37,8 @@ def silence(model: nn.Module, coupling: Coupling, cut: Cut) -> nn.Module:
 
 @torch.no_grad()
 def remove(model: nn.Module, coupling: Coupling, cut: Cut) -> nn.Module:
-    """Take the units of `cut` out of `model`, in place: parameters and buffers get smaller, and sizes held by modules follow.
+    """Take the units of `cut` out of `model`, in place: parameters and buffers get smaller, and sizes held by modules
+    follow.
 
     The model stays the user's own module and can be trained and saved. It is not checked here; see `disagreement`.
     """
@@ -56,7 +57,11 @@ def remove(model: nn.Module, coupling: Coupling, cut: Cut) -> nn.Module:
 
 def _exchange(model: nn.Module, old: Tensor, new: Tensor) -> list[nn.Module]:
     """Put `new` wherever `old` is held (tied tensors in several places); return the modules that held it."""
-    value = nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new.detach().clone()
+    value = (
+        nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad)
+        if isinstance(old, nn.Parameter)
+        else new.detach().clone()
+    )
     found = []
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -84,7 +89,9 @@ def describe_sizes(module: nn.Module) -> None:
         stated = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
     elif isinstance(module, nn.PReLU):
         stated = {"num_parameters": weight.shape[0]}
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers: a linear layer with its weight transposed
+    elif type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # transformers: a linear layer with its weight transposed
         stated = {"nx": weight.shape[0], "nf": weight.shape[1]}
     for name, size in stated.items():
         if hasattr(module, name):
@@ -92,7 +99,9 @@ def describe_sizes(module: nn.Module) -> None:
 
 
 def _follow_sizes(model: nn.Module, coupling: Coupling, cut: Cut) -> None:
-    """Numbers that modules hold and hand to operators: those known by name, and, for groups that need it, those equal to an old size."""
+    """Numbers that modules hold and hand to operators: those known by name, and, for groups that need it, those equal
+    to an old size.
+    """
     gone = coupling.gone(cut)
     modules = dict(model.named_modules())
     wanted: dict[str, dict[int, set[int]]] = {}
@@ -119,15 +128,22 @@ def _rewrite(module: nn.Module, changes: Mapping[int, int]) -> None:
             continue
         if isinstance(value, int) and value in changes:
             setattr(module, name, changes[value])
-        elif isinstance(value, list | tuple) and value and all(isinstance(item, int) and item in changes for item in value):
+        elif (
+            isinstance(value, list | tuple)
+            and value
+            and all(isinstance(item, int) and item in changes for item in value)
+        ):
             setattr(module, name, type(value)(changes[item] for item in value))
 
 
 @torch.no_grad()
-def disagreement(model: nn.Module, coupling: Coupling, cut: Cut, example: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> str:
+def disagreement(
+    model: nn.Module, coupling: Coupling, cut: Cut, example: Mapping[str, Tensor], tolerance: float = TOLERANCE
+) -> str:
     """Why removing `cut` is not the same as silencing it, on `example`; empty if it is. The model is not changed.
 
-    Outputs of copies of `model` are compared, in evaluation mode, by root mean square of the difference over that of the outputs.
+    Outputs of copies of `model` are compared, in evaluation mode, by root mean square of the difference over that of
+    the outputs.
     """
     silent = silence(copy.deepcopy(model), coupling, cut).eval()
     want = named_outputs(silent(**{name: tensor.clone() for name, tensor in example.items()}))[1]
@@ -148,7 +164,9 @@ def disagreement(model: nn.Module, coupling: Coupling, cut: Cut, example: Mappin
     return ""
 
 
-def agreeing(coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor], cut: Cut) -> tuple[Cut, dict[int, str]]:
+def agreeing(
+    coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor], cut: Cut
+) -> tuple[Cut, dict[int, str]]:
     """The part of `cut` that agrees with silencing it, and for each group that had to be left out the reason.
 
     Groups are left out by halving: all that is left agrees together. The model is not changed.
@@ -156,7 +174,9 @@ def agreeing(coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor]
     return _add(coupling, model, example, {}, cut)
 
 
-def _add(coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor], sure: Cut, more: Cut) -> tuple[Cut, dict[int, str]]:
+def _add(
+    coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor], sure: Cut, more: Cut
+) -> tuple[Cut, dict[int, str]]:
     if not more:
         return sure, {}
     reason = disagreement(model, coupling, sure | more, example)
@@ -173,7 +193,8 @@ def _add(coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor], su
 
 
 def probe(coupling: Coupling, model: nn.Module, example: Mapping[str, Tensor]) -> None:
-    """Check every group of `coupling` by removing one unit of each; note which need sizes repaired, and which fail, and why.
+    """Check every group of `coupling` by removing one unit of each; note which need sizes repaired, and which fail,
+    and why.
 
     The unit is one from the inside of its group: a shift of what comes after it would show.
     """

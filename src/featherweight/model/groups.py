@@ -1,9 +1,10 @@
 """Coupled dimensions: which channels, neurons and heads of a network can only be removed together.
 
-They are read off the `torch.export` graph. Every index of every parameter's dimension starts with a label of its own; one rule per ATen
-operator (`featherweight.model.rules`) says how labels pass from its inputs to its output and which of them belong together from then on.
-An operator without a rule fixes what reaches it. What remains is checked by running the network: silencing a unit in the old
-network and removing it must give the same outputs, or its group is refused, by name.
+They are read off the `torch.export` graph. Every index of every parameter's dimension starts with a label of its own;
+one rule per ATen operator (`featherweight.model.rules`) says how labels pass from its inputs to its output and which
+of them belong together from then on. An operator without a rule fixes what reaches it. What remains is checked by
+running the network: silencing a unit in the old network and removing it must give the same outputs, or its group is
+refused, by name.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ IGNORED = ("_assert", "sym_", "_guards")
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Units that are alike: each can be removed alone, and takes with it the same number of indices at the same places.
+    """Units that are alike: each can be removed alone, and takes with it the same number of indices at the same
+    places.
 
-    `places[tensor, dim]` holds, for each unit, the indices that go with it: units x indices per unit. `components` are the labels' components.
+    `places[tensor, dim]` holds, for each unit, the indices that go with it: units x indices per unit. `components`
+    are the labels' components.
     """
 
     places: dict[Place, Indices]
@@ -62,8 +65,8 @@ class Group:
 class Coupling:
     """The groups of a network, what is fixed and why, and what its calls cost in terms of the groups.
 
-    `dims` holds the labels of every parameter's and buffer's dimension, `component` the component of every label. `repair` names the groups
-    whose removal needs integer attributes of modules to follow.
+    `dims` holds the labels of every parameter's and buffer's dimension, `component` the component of every label.
+    `repair` names the groups whose removal needs integer attributes of modules to follow.
     """
 
     groups: list[Group]
@@ -101,7 +104,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def graph_of(model: nn.Module, example: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    """The graph of `model` on `example`, with whole operators and fixed sizes; raises `TaskError` if it cannot be exported."""
+    """The graph of `model` on `example`, with whole operators and fixed sizes; raises `TaskError` if it cannot be
+    exported.
+    """
     given = {name: tensor.detach().clone() for name, tensor in example.items()}
     try:
         return torch.export.export(model, (), kwargs=given, strict=False)
@@ -189,43 +194,66 @@ def trace_model(
     owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state: dict[fx.Node, Any] = {}
     known: dict[str, Shape] = {}
+    used: set[str] = set()
     for node in program.graph.nodes:
         if node.op != "placeholder":
             continue
         value, owner = node.meta.get("val"), owners.get(node.name)
         if owner is None:
-            state[node] = fixed_like(value, "it is an input of the model" if node.name in signature.user_inputs else "it is a constant")
+            state[node] = fixed_like(
+                value, "it is an input of the model" if node.name in signature.user_inputs else "it is a constant"
+            )
             continue
         node.meta["owner"] = owner.rpartition(".")[0]
         name = names[owner]
         if name not in known:
             known[name] = Shape(trace.labels.fresh(size) for size in sizes_of(value))
         state[node] = known[name]
-        if not node.users:
-            for dim in known[name]:
-                trace.labels.freeze(dim, "it is not used on the example inputs")
+        used |= {name} if node.users else set()
+    for name in known.keys() - used:
+        for dim in known[name]:
+            trace.labels.freeze(dim, "it is not used on the example inputs")
     for shape in shapes_in(walk(program.graph, trace, state)):
         for dim in shape:
             trace.labels.freeze(dim, "it is an output of the model")
-    dims = {(name, place): dim.labels for name, shape in known.items() for place, dim in enumerate(shape) if dim.labels is not None}
-    rest = {(name, place): dim.reason for name, shape in known.items() for place, dim in enumerate(shape) if dim.labels is None}
+    dims = {
+        (name, place): dim.labels
+        for name, shape in known.items()
+        for place, dim in enumerate(shape)
+        if dim.labels is not None
+    }
+    rest = {
+        (name, place): dim.reason
+        for name, shape in known.items()
+        for place, dim in enumerate(shape)
+        if dim.labels is None
+    }
     return trace, dims, rest
 
 
-def grouped(dims: dict[Place, Indices], component: Indices, frozen: Mapping[int, str], parameters: frozenset[str]) -> list[Group]:
-    """Components that cut the same places become the units of one group; those that are frozen, or stand alone, give none."""
+def grouped(
+    trace: Trace, dims: dict[Place, Indices], component: Indices, frozen: Mapping[int, str], parameters: frozenset[str]
+) -> list[Group]:
+    """Components that cut the same places, and change the same sizes, become the units of one group.
+
+    Those that may not be removed, or stand alone, give none.
+    """
     units: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, labels in dims.items():
         for index, owner in enumerate(component[labels].tolist()):
             if owner not in frozen:
                 units[owner][place].append(index)
-    alike: dict[tuple[tuple[Place, int], ...], list[int]] = defaultdict(list)
+    changes: dict[int, list[int]] = defaultdict(list)
+    for number, size in enumerate(trace.sizes):
+        for owner in np.unique(component[size.labels]).tolist():
+            changes[owner].append(number)
+    alike: dict[Any, list[int]] = defaultdict(list)
     for owner, places in units.items():
         if any(name in parameters for name, _ in places):
-            alike[tuple((place, len(indices)) for place, indices in places.items())].append(owner)
+            alike[tuple((place, len(indices)) for place, indices in places.items()), tuple(changes[owner])].append(owner)
     return [
         Group({place: np.array([units[owner][place] for owner in owners]) for place, _ in signature}, np.array(owners))
-        for signature, owners in alike.items()
+        for (signature, _), owners in alike.items()
         if len(owners) > 1
     ]
 
@@ -233,7 +261,8 @@ def grouped(dims: dict[Place, Indices], component: Indices, frozen: Mapping[int,
 def couple(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
     """The coupled dimensions of `model`, every group of them checked on `example` (inputs by name).
 
-    The model is not changed; it is traced and run in evaluation mode on the CPU. Raises `TaskError` if `torch.export` cannot trace it.
+    The model is not changed; it is traced and run in evaluation mode on the CPU. Raises `TaskError` if `torch.export`
+    cannot trace it.
     """
     from .cut import probe
 
@@ -249,7 +278,7 @@ def couple(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
         trace, dims, rest = trace_model(program, names, dict(choices))
         component, reasons = trace.labels.components()
         found = Coupling(
-            groups=grouped(dims, component, reasons, parameters),
+            groups=grouped(trace, dims, component, reasons, parameters),
             dims=dims,
             shapes={name: shapes[name] for name in names.values()},
             parameters=parameters,
@@ -268,7 +297,9 @@ def couple(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
 
 
 def _attempts() -> Iterator[dict[str, int]]:
-    """One dictionary of choices, handed out again and again while it is changed; four times is as many ways as a reshape has."""
+    """One dictionary of choices, handed out again and again while it is changed; four times is as many ways as a
+    reshape has.
+    """
     choices: dict[str, int] = {}
     for _ in range(4):
         yield choices
@@ -291,14 +322,19 @@ def _reach(coupling: Coupling) -> int:
 
 
 def _turn(choices: dict[str, int], trace: Trace, coupling: Coupling, frozen: Mapping[int, str]) -> bool:
-    """Choose the next way for every call whose labels are fixed or failed the check; False if there is none left."""
+    """Choose the next way where labels are fixed or failed the check; False if there is none left.
+
+    Calls of one operator in the code of one module (the heads of query, key and value) turn together.
+    """
     bad = set(frozen) | {int(owner) for place in coupling.refused for owner in coupling.groups[place].components}
+    together = {
+        (call.module, call.name)
+        for call, _, parts in trace.open.values()
+        if set(coupling.component[np.concatenate(parts)].tolist()) & bad
+    }
     turned = False
-    for node, (ways, parts) in trace.open.items():
-        concerned = set(coupling.component[np.concatenate(parts)].tolist())
-        if concerned & bad and choices.get(node, 0) < ways - 1:
+    for node, (call, ways, _) in trace.open.items():
+        if (call.module, call.name) in together and choices.get(node, 0) < ways - 1:
             choices[node] = choices.get(node, 0) + 1
             turned = True
     return turned
-
-

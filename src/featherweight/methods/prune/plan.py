@@ -32,8 +32,9 @@ class Limits:
 def limits(units: int, least: float, multiple: int, widths: Sequence[int]) -> Limits:
     """The limits of a group of `units`, of which a share of `least` must stay, and at least one.
 
-    `widths` are the indices per unit along each dimension that the group cuts: enough units go together to change every width by a
-    multiple of `multiple`. A group that has fewer than two such steps is too small for that, and gives up single units.
+    `widths` are the indices per unit along each dimension that the group cuts: enough units go together to change
+    every width by a multiple of `multiple`. A group that has fewer than two such steps is too small for that, and
+    gives up single units.
     """
     step = max((multiple // gcd(multiple, width) for width in widths), default=1)
     return Limits(units, max(1, ceil(least * units)), step if units >= 2 * step else 1)
@@ -42,7 +43,8 @@ def limits(units: int, least: float, multiple: int, widths: Sequence[int]) -> Li
 def by_rank(scores: Sequence[NDArray[np.float64]], bounds: Sequence[Limits], price: Price, target: float) -> Counts:
     """Remove the units with the lowest scores of all groups until the price is met; then give back what still fits.
 
-    Of all removals in order of score the shortest that is cheap enough is found by bisection (the price falls with every removal).
+    Of all removals in order of score the shortest that is cheap enough is found by bisection (the price falls with
+    every removal).
     """
     owner = np.concatenate([np.full(len(part), place) for place, part in enumerate(scores)])
     order = owner[np.argsort(np.concatenate(list(scores)), kind="stable")]
@@ -72,7 +74,9 @@ def by_share(bounds: Sequence[Limits], price: Price, target: float) -> Counts:
     return give_back(kept(low), bounds, price, target, lambda place, count: -count / bounds[place].units)
 
 
-def give_back(kept: Counts, bounds: Sequence[Limits], price: Price, target: float, worth: Callable[[int, int], float]) -> Counts:
+def give_back(
+    kept: Counts, bounds: Sequence[Limits], price: Price, target: float, worth: Callable[[int, int], float]
+) -> Counts:
     """Give units back, one step of one group at a time, as long as the price stays within the target.
 
     `worth(group, count)` says what the next unit of a group that keeps `count` is worth; the highest comes first.

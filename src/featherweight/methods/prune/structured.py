@@ -31,17 +31,23 @@ SHORT = 0.02  # how far from the asked share a result may end without a warning
 class StructuredPrune(LayerStep, kind="prune.structured"):
     """Take away the least important channels, neurons and attention heads; what remains is a smaller dense network.
 
-    `keep` is the share that is kept of the parameters or of the multiply-accumulates (`of`). Units that can only go together are found
-    by `featherweight.model.groups`, and their removal is checked against silencing them every time. A unit's score is the sum over all
-    its slices in all coupled parameters: of magnitudes (`l1`), squares (`l2`, then the root), batch-norm scales (`bn`), or, on the
-    calibration data, of the squared first-order change of the task's loss (`taylor`, arXiv:1906.10771). All but `taylor`, which is in units of
-    the loss everywhere, are divided by the mean of their group. `scope` "global" ranks the units of all groups together, "layer" keeps the
-    same share of each group. `min_keep` is the share of its units that every group keeps at least.
+    `keep` is the share that is kept of the parameters or of the multiply-accumulates (`of`). Units that can only go
+    together are found by `featherweight.model.groups`, and their removal is checked against silencing them every
+    time. A unit's score is the sum over all its slices in all coupled parameters: of magnitudes (`l1`), squares
+    (`l2`, then the root), batch-norm scales (`bn`), or, on the calibration data, of the squared first-order change of
+    the task's loss (`taylor`, arXiv:1906.10771). `scope` "global" ranks the units of all groups together, "layer"
+    keeps the same share of each group. To be comparable, `taylor` is divided by what removing one unit of the group
+    saves (loss per saved cost), the others by the mean of their group. `min_keep` is the share of units that every
+    group keeps.
 
-    Kept widths are multiples of `multiple` (default: what the target likes) in every group that has at least two such steps; smaller
-    groups give up single units. With `rounds` > 1 the share falls geometrically, scores are taken anew each time, and with
-    `retrain` the network is trained after each round. `only` and `skip` choose layers by their outputs: a group is cut only if all layers that
-    produce it are chosen. Raises `TaskError` if the model cannot be traced, or if `taylor` finds no labels.
+    The running statistics of batch norms are those of the larger network; `recalibrate` takes them anew on the
+    calibration data after each round, as arXiv:2007.02491 does, which needs no labels.
+
+    Kept widths are multiples of `multiple` (default: what the target likes) in every group that has at least two such
+    steps; smaller groups give up single units. With `rounds` > 1 the share falls geometrically, scores are taken anew
+    each time, and with `retrain` the network is trained after each round. `only` and `skip` choose layers by their
+    outputs: a group is cut only if all layers that produce it are chosen. Raises `TaskError` if the model cannot be
+    traced, or if `taylor` finds no labels.
     """
 
     needs = Trait.EDITABLE | Trait.RESHAPABLE
@@ -55,6 +61,7 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
     rounds: Annotated[int, Field(ge=1, le=100)] = 1
     multiple: Annotated[int, Field(ge=1)] | None = None
     min_keep: Annotated[float, Field(ge=0, le=1)] = 0.1
+    recalibrate: bool = True
     retrain: Training | None = None
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
@@ -67,15 +74,20 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             coupling = couple(model, ctx.example)
             price = self._price(coupling)
             whole = whole or price([len(group) for group in coupling.groups])
+            was = reached
             reached = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
+            if reached == was:  # nothing could be removed, so there is nothing to heal either
+                break
+            if self.recalibrate:
+                recalibrate(model, ctx)
             if self.retrain is not None:
                 ctx.fit(model, self.retrain, text=f"retraining after round {turn} of {self.kind}")
         assert coupling is not None
         self._report(model, ctx, coupling, before)
         if abs(reached - self.keep) > SHORT:
             ctx.warn(
-                f"{self.kind} kept {reached:.1%} of the {self.of}, not {self.keep:.1%}: the layers left alone, min_keep={self.min_keep} "
-                f"and widths in multiples of {self._multiple(ctx)} allow no nearer"
+                f"{self.kind} kept {reached:.1%} of the {self.of}, not {self.keep:.1%}: the layers left alone, "
+                f"min_keep={self.min_keep} and widths in multiples of {self._multiple(ctx)} allow no nearer"
             )
         return model.eval()
 
@@ -85,11 +97,15 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
     def _multiple(self, ctx: Context) -> int:
         return self.multiple or max(1, ctx.width_multiple)
 
-    def _round(self, model: nn.Module, ctx: Context, coupling: Coupling, price: Cost, whole: float, share: float) -> float:
+    def _round(
+        self, model: nn.Module, ctx: Context, coupling: Coupling, price: Cost, whole: float, share: float
+    ) -> float:
         """Remove what must go for `price` to come down to `share` of `whole`; return the share that was reached."""
         scores = self._scores(model, ctx, coupling, self._eligible(model, coupling))
         cut = self._plan(ctx, coupling, price, scores, share * whole)
-        cut, failed = agreeing(coupling, copy.deepcopy(model).cpu(), {name: tensor.cpu() for name, tensor in ctx.example.items()}, cut)
+        cut, failed = agreeing(
+            coupling, copy.deepcopy(model).cpu(), {name: tensor.cpu() for name, tensor in ctx.example.items()}, cut
+        )
         coupling.refused |= failed
         remove(model, coupling, cut)
         return price([len(group) - len(cut.get(place, ())) for place, group in enumerate(coupling.groups)]) / whole
@@ -108,7 +124,8 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             return {}
         places = sorted(scores)
         bounds = [
-            limits(len(coupling.groups[place]), self.min_keep, self._multiple(ctx), widths(coupling.groups[place])) for place in places
+            limits(len(coupling.groups[place]), self.min_keep, self._multiple(ctx), widths(coupling.groups[place]))
+            for place in places
         ]
         everything = np.array([len(group) for group in coupling.groups])
 
@@ -118,7 +135,11 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             return price(counts)
 
         ranks = [scores[place].double().cpu().numpy() for place in places]
-        kept = by_rank(ranks, bounds, price_of, target) if self.scope == "global" else by_share(bounds, price_of, target)
+        if self.score == "taylor":
+            ranks = [rank / saved for rank, saved in zip(ranks, savings(price, everything, places))]
+        kept = (
+            by_rank(ranks, bounds, price_of, target) if self.scope == "global" else by_share(bounds, price_of, target)
+        )
         lowest = (np.sort(np.argsort(rank, kind="stable")[: len(rank) - count]) for rank, count in zip(ranks, kept))
         return {place: units for place, units in zip(places, lowest) if len(units)}
 
@@ -132,7 +153,9 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             parts = []
             for (name, dim), positions in group.places.items():
                 if name in coupling.parameters and (self.score != "bn" or name in norms):
-                    rows = slices(held[name].detach().float(), dim, torch.as_tensor(positions, device=held[name].device))
+                    rows = slices(
+                        held[name].detach().float(), dim, torch.as_tensor(positions, device=held[name].device)
+                    )
                     parts.append(l2(rows) if self.score == "l2" else l1(rows))
             if parts:
                 total = torch.stack(parts).sum(0)
@@ -142,17 +165,27 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
         return found
 
     def _report(self, model: nn.Module, ctx: Context, coupling: Coupling, before: dict[str, tuple[int, ...]]) -> None:
-        """Every layer that changed, and every layer that did not and why; `coupling` is that of the last round, which knows why."""
+        """Every layer that changed, and every layer that did not and why; `coupling` is that of the last round, which
+        knows why.
+        """
         groups_of = {place: number for number, group in enumerate(coupling.groups) for place in group.places}
         for name, module in layers(model):
             weight, dim = f"{name}.weight".lstrip("."), output_dim(module)
-            old, new = before[weight], tuple(module.weight.shape)  # type: ignore[union-attr,operator]
+            old, new = before[weight], tuple(module.weight.shape)
             if old != new:
                 ctx.change(name, describe(old, new, dim))
             else:
                 ctx.leave(name, self._reason(model, coupling, name, weight, dim, groups_of))
 
-    def _reason(self, model: nn.Module, coupling: Coupling, name: str, weight: str, dim: int, groups_of: dict[tuple[str, int], int]) -> str:
+    def _reason(
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        name: str,
+        weight: str,
+        dim: int,
+        groups_of: dict[tuple[str, int], int],
+    ) -> str:
         """Why the outputs of a layer are all still there."""
         if reason := excluded(name, self.only, self.skip):
             return reason
@@ -173,12 +206,18 @@ def layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding) or (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    )
 
 
 def output_dim(module: nn.Module) -> int:
     """The dimension of a layer's weight that counts its outputs."""
-    return 0 if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)) else 1
+    return (
+        0
+        if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd))
+        else 1
+    )
 
 
 def producers(model: nn.Module, group: Group) -> list[str]:
@@ -209,8 +248,48 @@ def describe(old: tuple[int, ...], new: tuple[int, ...], dim: int) -> str:
     return ", ".join(parts)
 
 
+def savings(price: Cost, everything: NDArray[np.int64], places: list[int]) -> list[float]:
+    """What removing one unit of each group at `places` saves in the whole network, as a share of its cost."""
+    whole, found = price(everything), []
+    for place in places:
+        fewer = everything.copy()
+        fewer[place] -= 1
+        found.append(max((whole - price(fewer)) / whole, 1e-12))
+    return found
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, ctx: Context) -> None:
+    """Take the running statistics of every batch norm anew, as means over the calibration batches (of two inputs or
+    more).
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    before = [(norm.momentum, copy.deepcopy(dict(norm.named_buffers()))) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    seen = 0
+    for batch in ctx.progress.track(ctx.batches("calibrate"), "recalibrating batch norms"):
+        if ctx.task.count(batch) > 1:
+            ctx.task.call(model, batch)
+            seen += 1
+    for norm, (momentum, buffers) in zip(norms, before):
+        norm.momentum = momentum
+        norm.eval()
+        if not seen:
+            norm.load_state_dict(buffers, strict=False)
+    if not seen:
+        ctx.warn("batch norms were not recalibrated: the calibration batches hold one input each")
+
+
 def loss_changes(model: nn.Module, ctx: Context, coupling: Coupling, groups: dict[int, Group]) -> Scores:
-    """First-order Taylor scores: mean over calibration batches of the squared change, summed over the coupled parameters."""
+    """First-order Taylor scores: mean over calibration batches of the squared change, summed over the coupled
+    parameters.
+    """
     held = {name: tensor for name, tensor in tensors(model).items() if name in coupling.parameters}
     found = {place: torch.zeros(len(group), device=ctx.device) for place, group in groups.items()}
     trainable = {name: tensor.requires_grad for name, tensor in held.items()}
@@ -224,10 +303,10 @@ def loss_changes(model: nn.Module, ctx: Context, coupling: Coupling, groups: dic
         batches += 1
         for place, group in groups.items():
             for (name, dim), positions in group.places.items():
-                if name in held and held[name].grad is not None:
-                    index = torch.as_tensor(positions, device=held[name].device)
-                    rows = (slices(tensor, dim, index) for tensor in (held[name].detach(), held[name].grad))
-                    found[place] += taylor(*rows)
+                gradient = held[name].grad if name in held else None
+                if gradient is not None:
+                    index = torch.as_tensor(positions, device=gradient.device)
+                    found[place] += taylor(slices(held[name].detach(), dim, index), slices(gradient, dim, index))
     model.zero_grad(set_to_none=True)
     for name, tensor in held.items():
         tensor.requires_grad_(trainable[name])
@@ -239,4 +318,6 @@ def _loss(model: nn.Module, ctx: Context, batch: Any) -> Tensor:
     try:
         return ctx.task.loss(output, batch)
     except TaskError as error:
-        raise TaskError(f"prune.structured with score=taylor needs labels in the calibration split: {error}; or use score=l2") from error
+        raise TaskError(
+            f"prune.structured with score=taylor needs labels in the calibration split: {error}; or use score=l2"
+        ) from error

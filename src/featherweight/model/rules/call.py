@@ -25,8 +25,8 @@ class NoRule(Exception):
 class Size:
     """A number that the model's code wrote into an operator and that follows from how many of `labels` there are.
 
-    `module` is the full name of the module whose code it is. With `attribute` it is known where the number is kept; otherwise
-    whichever attribute of the module holds `value` may be it.
+    `module` is the full name of the module whose code it is. With `attribute` it is known where the number is kept;
+    otherwise whichever attribute of the module holds `value` may be it.
     """
 
     module: str
@@ -47,22 +47,26 @@ class Work:
 class Trace:
     """What the rules find out on their way through one graph.
 
-    Some calls can be cut in several ways (a reshape into heads: whole heads, or the same part of every head). `choices` says which way
-    to take for which node; `open` collects for each such node the number of ways and the labels concerned.
+    Some calls can be cut in several ways (a reshape into heads: whole heads, or the same part of every head).
+    `choices` says which way to take for which node; `open` collects for each such node its call, the number of ways
+    and the labels concerned.
     """
 
     choices: dict[str, int] = field(default_factory=dict)
     labels: Labels = field(default_factory=Labels)
     sizes: list[Size] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
-    open: dict[str, tuple[int, list[Indices]]] = field(default_factory=dict)
+    open: dict[str, tuple[Call, int, list[Indices]]] = field(default_factory=dict)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the ATen operators called `names`, for all of their overloads and in-place forms."""
+    """Register the rule of the ATen operators called `names` (words of one string, or several strings).
+
+    It stands for all of their overloads and in-place forms.
+    """
 
     def register(function: Rule) -> Rule:
-        for name in names:
+        for name in " ".join(names).split():
             assert name not in RULES, f"two rules for {name}"
             RULES[name] = function
         return function
@@ -71,7 +75,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Call:
-    """A node of the graph with its arguments by their names in the operator's schema; tensors are given as their `Shape`s."""
+    """A node of the graph with its arguments by their names in the operator's schema; tensors are given as their
+    `Shape`s.
+    """
 
     def __init__(self, node: fx.Node, arguments: dict[str, Any], trace: Trace):
         self.node, self.arguments, self.trace, self.labels = node, arguments, trace, trace.labels
@@ -119,8 +125,8 @@ class Call:
 
     def choose(self, ways: int, labels: Indices) -> int:
         """Which of several ways to cut this call to take; they are tried in order until one passes the check."""
-        known = self.trace.open.setdefault(self.node.name, (ways, []))
-        known[1].append(labels)
+        known = self.trace.open.setdefault(self.node.name, (self, ways, []))
+        known[2].append(labels)
         return min(self.trace.choices.get(self.node.name, 0), ways - 1)
 
     def size(self, value: int, labels: Indices, module: str | None = None, attribute: str = "") -> None:

@@ -84,20 +84,19 @@ def einsum(call: Call) -> Result:
     if not arrow:
         output = "".join(sorted(letter for letter in set(given) - {","} if given.count(letter) == 1))
     words = given.split(",")
-    shapes = list(call["tensors"])
-    for word, shape in zip(words, shapes, strict=True):
-        for letter, dim in zip(word, shape, strict=True):
-            # Summed over without a partner: a sum of what is left is not the sum of what was there.
-            if given.count(letter) == 1 and letter not in output:
-                call.freeze(dim)
-    shapes = [Shape(fixed(dim.size, "it is summed over") if letter not in output and given.count(letter) == 1 else dim
-                    for letter, dim in zip(word, shape, strict=True)) for word, shape in zip(words, shapes, strict=True)]  # fmt: skip
+    shapes = []
+    for word, shape in zip(words, call["tensors"], strict=True):
+        # Summed over without a partner: a sum of what is left is not the sum of what was there.
+        alone = [given.count(letter) == 1 and letter not in output for letter in word]
+        shapes.append(Shape(call.freeze(dim) if lonely else dim for dim, lonely in zip(shape, alone, strict=True)))
     return product(call, words, output, shapes)
 
 
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Result:
-    """Heads (leading dimensions) belong together in query, key and value; with grouped queries each key head to its queries."""
+    """Heads (leading dimensions) belong together in query, key and value; with grouped queries each key head to its
+    queries.
+    """
     query, key, value, mask = call["query"], call["key"], call["value"], call["attn_mask"]
     lead = [query[:-2], key[:-2], value[:-2]]
     if call["enable_gqa"] and query[-3].size != key[-3].size:
@@ -163,7 +162,9 @@ def transposed(call: Call) -> Result:
 
 
 def owner(call: Call, argument: str) -> str:
-    """The full name of the module whose parameter is `argument`, if the graph hands it over directly; else that of the caller."""
+    """The full name of the module whose parameter is `argument`, if the graph hands it over directly; else that of
+    the caller.
+    """
     for given, schema in zip(call.node.args, call.node.target._schema.arguments):  # type: ignore[union-attr]
         if schema.name == argument and getattr(given, "op", "") == "placeholder":
             return str(given.meta.get("owner", call.module))  # type: ignore[union-attr]
@@ -181,12 +182,12 @@ def blocks(call: Call, inputs: Dim, groups: int, size: int) -> Dim:
 
 
 def grouped(call: Call, channel: Dim, outputs: Dim, inner: Dim, groups: int) -> Dim:
-    """Either whole groups move (first choice; the only one for depthwise), or the same place in every group."""
-    concerned = [dim.labels for dim in (channel, outputs, inner) if dim.labels is not None]
-    depthwise = inner.size == 1
+    """Either whole groups move (the only way for depthwise), or the same place in every group; first what is finer."""
+    concerned = [dim.labels for dim in (channel, outputs) if dim.labels is not None]
     if not concerned:
         return outputs
-    if depthwise or call.choose(2, np.concatenate(concerned)) == 0:
+    whole_first = groups >= inner.size
+    if inner.size == 1 or (call.choose(2, np.concatenate(concerned)) == 0) == whole_first:
         call.freeze(inner, "it is shared by all groups")
         return call.unite(blocks(call, channel, groups, outputs.size // groups), outputs)
     if channel.labels is None:

@@ -21,7 +21,9 @@ class Dim:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        assert self.labels is None or len(self.labels) == self.size, f"{len(self.labels)} labels for {self.size} indices"
+        assert self.labels is None or len(self.labels) == self.size, (
+            f"{len(self.labels)} labels for {self.size} indices"
+        )
 
     @property
     def free(self) -> bool:
@@ -97,7 +99,9 @@ class Labels:
         """The component of every label, and for each component that may not be removed the first reason given."""
         if not self.count:
             return np.zeros(0, dtype=np.int64), {}
-        a, b = (np.concatenate([pair[side] for pair in self._pairs] or [np.zeros(0, dtype=np.int64)]) for side in (0, 1))
+        a, b = (
+            np.concatenate([pair[side] for pair in self._pairs] or [np.zeros(0, dtype=np.int64)]) for side in (0, 1)
+        )
         graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
         _, component = connected_components(graph, directed=False)
         reasons: dict[int, str] = {}

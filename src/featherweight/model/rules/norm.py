@@ -61,9 +61,11 @@ def along(call: Call) -> Result:
 
 
 @rule(
-    "mean", "sum", "amax", "amin", "max", "min", "prod", "std", "var", "logsumexp", "norm", "linalg_vector_norm", "any", "all", "argmax",
-    "argmin", "median", "nansum", "count_nonzero", "std_mean", "var_mean", "aminmax",
-)  # fmt: skip
+    """
+    mean sum amax amin max min prod std var logsumexp norm linalg_vector_norm any all argmax argmin median nansum
+    count_nonzero std_mean var_mean aminmax
+    """
+)
 def reduce(call: Call) -> Result:
     """The dimensions that are run over stay and vanish from the output, or have size one there."""
     shapes = call.shapes
@@ -76,7 +78,9 @@ def reduce(call: Call) -> Result:
     first = outputs[0] if isinstance(outputs, list | tuple) else outputs
     keep = first.dim() == len(given)
     result = Shape(
-        fixed(1, "it was run over") if place in gone else dim for place, dim in enumerate(after) if keep or place not in gone
+        fixed(1, "it was run over") if place in gone else dim
+        for place, dim in enumerate(after)
+        if keep or place not in gone
     )
     return [result for _ in outputs] if isinstance(outputs, list | tuple) else result
 

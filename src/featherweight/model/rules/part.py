@@ -37,9 +37,11 @@ def stack(call: Call) -> Result:
 
 
 def parts(call: Call, dim: Dim, lengths: list[int], written: bool) -> list[Dim]:
-    """`dim` cut into pieces of these lengths; `written`: the lengths stand in the model's code and may have to be changed.
+    """`dim` cut into pieces of these lengths; `written`: the lengths stand in the model's code and may have to be
+    changed.
 
-    Pieces of one length can lose the same place each (first choice); then code that halves what is there still does so.
+    Pieces of one length can lose the same place each (first choice); then code that halves what is there still does
+    so.
     """
     if dim.labels is None:
         return [fixed(length, dim.reason) for length in lengths]
@@ -131,7 +133,9 @@ def every(call: Call, dim: Dim, start: int, stop: int, step: int) -> Dim:
 
 
 def piece(call: Call, dim: Dim, start: int, stop: int) -> Dim:
-    """A piece of a dimension: if it is one of equal pieces all of them lose the same places (first choice), else its bounds change."""
+    """A piece of a dimension: if it is one of equal pieces all of them lose the same places (first choice), else its
+    bounds change.
+    """
     labels = call.labels.explicit(dim)
     size = stop - start
     even = size > 1 and dim.size % size == 0 and start % size == 0
@@ -203,12 +207,17 @@ def flip(call: Call) -> Result:
     """Indices in reverse order."""
     given: Shape = call.shapes[0]
     turned = {place % len(given) for place in call["dims"]}
-    return Shape(free(dim.labels[::-1].copy()) if place in turned and dim.labels is not None else dim for place, dim in enumerate(given))
+    return Shape(
+        free(dim.labels[::-1].copy()) if place in turned and dim.labels is not None else dim
+        for place, dim in enumerate(given)
+    )
 
 
 @rule("index", "index_put", "_unsafe_index")
 def index(call: Call) -> Result:
-    """Dimensions that tensors look up by number stay; the others keep their labels, in the order that indexing gives them."""
+    """Dimensions that tensors look up by number stay; the others keep their labels, in the order that indexing gives
+    them.
+    """
     given: Shape = call.shapes[0]
     asked = call["indices"]
     if call.name.startswith("index_put"):

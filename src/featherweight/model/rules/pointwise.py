@@ -1,4 +1,6 @@
-"""Rules of operators that leave every index where it is: pointwise ones, copies, dropout, resizing of space, creation."""
+"""Rules of operators that leave every index where it is: pointwise ones, copies, dropout, resizing of space,
+creation.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,23 @@ def broadcast(call: Call, shapes: list[Shape], sizes: tuple[int, ...]) -> Shape:
 
 
 @rule(
-    "pointwise", "hardswish", "hardsigmoid", "hardtanh", "relu6", "__and__", "__or__", "__xor__", "copy", "fill", "zero", "where",
-    "masked_fill", "square", "expand_as", "type_as", "logical_and", "logical_not", "selu", "celu", "rrelu",
-)  # fmt: skip
+    """
+    pointwise hardswish hardsigmoid hardtanh relu6 __and__ __or__ __xor__ copy fill zero where masked_fill square
+    expand_as type_as logical_and logical_not selu celu rrelu
+    """
+)
 def pointwise(call: Call) -> Result:
     """Broadcast all tensors; indices that meet belong together."""
     return broadcast(call, call.shapes, call.sizes)
 
 
 @rule(
-    "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout", "contiguous", "clone", "detach", "alias",
-    "to", "_to_copy", "lift_fresh_copy", "lift_fresh", "lift", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
-    "randn_like", "view_as", "float", "half", "double", "cpu", "cuda", "positive",
-)  # fmt: skip
+    """
+    dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout contiguous clone detach alias to
+    _to_copy lift_fresh_copy lift_fresh lift zeros_like ones_like empty_like full_like rand_like randn_like view_as
+    float half double cpu cuda positive
+    """
+)
 def same(call: Call) -> Result:
     """The output has the dimensions of the first tensor; `view_as` is only this where both have one shape."""
     first = call.shapes[0]
@@ -54,12 +60,14 @@ def prelu(call: Call) -> Result:
 
 
 @rule(
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
-    "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
-    "_upsample_nearest_exact3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "adaptive_max_pool2d", "adaptive_max_pool1d",
-    "max_pool2d_with_indices",
-)  # fmt: skip
+    """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d
+    upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_max_pool2d adaptive_max_pool1d
+    max_pool2d_with_indices
+    """
+)
 def spatial(call: Call) -> Result:
     """Pooling and resizing run over space alone: the dimensions before it stay."""
     given: Shape = call.shapes[0]

@@ -87,7 +87,9 @@ def view(call: Call) -> Result:
     written = _written(call, given, sizes)
     result = [fixed(size, "it has a single index" if size == 1 else "it is made by a reshape") for size in sizes]
     for ins, outs in runs([dim.size for dim in given], sizes):
-        dims = regroup(call, [given[place] for place in ins], [sizes[place] for place in outs], [written[place] for place in outs])
+        dims = regroup(
+            call, [given[place] for place in ins], [sizes[place] for place in outs], [written[place] for place in outs]
+        )
         for place, dim in zip(outs, dims, strict=True):
             result[place] = dim
             if dim.labels is not None and written[place] != -1:
@@ -105,7 +107,9 @@ def _written(call: Call, given: Shape, sizes: tuple[int, ...]) -> list[int]:
 
 
 def runs(before: list[int], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of dimensions of one reshape that hold the same number of elements; sizes of one are left out."""
+    """The shortest runs of dimensions of one reshape that hold the same number of elements; sizes of one are left
+    out.
+    """
     left = [place for place, size in enumerate(before) if size != 1]
     right = [place for place, size in enumerate(after) if size != 1]
     found: list[tuple[list[int], list[int]]] = []
@@ -139,8 +143,9 @@ def regroup(call: Call, ins: list[Dim], outs: list[int], written: list[int]) -> 
 def cut(call: Call, flat: Indices, outs: list[int], written: list[int]) -> list[Dim]:
     """Cut merged labels into several dimensions: one of them carries the labels, the others stay as they are.
 
-    Where the labels depend on the indices of one new dimension alone, that is the one. Else there is a choice: first the dimension
-    whose size the code leaves open (-1), then each in turn from the outermost; what goes together there is coupled.
+    Where the labels depend on the indices of one new dimension alone, that is the one. Else there is a choice: first
+    the dimension whose size the code leaves open (-1), then each in turn from the outermost; what goes together there
+    is coupled.
     """
     thirds = [flat.reshape(prod(outs[:place]), size, -1) for place, size in enumerate(outs)]
     exact = [place for place, third in enumerate(thirds) if (third == third[:1, :, :1]).all()]
@@ -150,12 +155,17 @@ def cut(call: Call, flat: Indices, outs: list[int], written: list[int]) -> list[
     labels = third[0, :, 0]
     if not exact:
         call.labels.couple(third, third[:1, :, :1])
-    return [free(labels) if place == carrier else fixed(size, "it is the inside of a block that a reshape makes") for place, size in enumerate(outs)]
+    return [
+        free(labels) if place == carrier else fixed(size, "it is the inside of a block that a reshape makes")
+        for place, size in enumerate(outs)
+    ]
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def shuffle(call: Call) -> Result:
-    """`factor ** 2` neighbouring channels become space, or come from it; groups of channels are woven into each other."""
+    """`factor ** 2` neighbouring channels become space, or come from it; groups of channels are woven into each
+    other.
+    """
     given: Shape = call.shapes[0]
     place = 1 if call.name == "channel_shuffle" else len(given) - 3
     sizes = call.sizes
