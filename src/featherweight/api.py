@@ -114,7 +114,7 @@ def compress(
     seconds = parse_time(time) if time is not None else None
     if trials is not None and trials < 1:
         raise FeatherweightError(f"trials={trials}: at least one recipe must be tried")
-    options = {"objective": budget.objective, "max-drop": budget.max_drop, "max-size": budget.max_size}
+    options: dict[str, Any] = {"objective": budget.objective, "max-drop": budget.max_drop, "max-size": budget.max_size}
     options |= {
         "max-latency": budget.max_latency,
         "time": None if seconds is None else f"{seconds:g}s",

@@ -4,6 +4,7 @@ Pure functions.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,20 +74,30 @@ def value(figures: Figures, budget: Budget) -> float:
 def choose(tried: Mapping[int, Figures], budget: Budget) -> int:
     """The number of the best candidate.
 
-    From those whose drop meets the bar with the upper end of its paired interval; if there are none, from those whose
-    point estimate does; if there are none either, the nearest: the one that exceeds its limits by the least in sum,
-    each as a share of its limit. Within a group the smallest `value` wins. Latency is noisy, so candidates whose
-    latency is within measurement noise of the smallest (the half widths of the two intervals together, but from 3% to
-    10%) count as tied; ties go to the smaller file, then to the smaller drop, then to the recipe that was tried
-    first. Size, energy and accuracy are compared as they are.
+    From those whose drop meets the bar with the upper end of its paired interval; if there are none, or the split is
+    too small to tell (`too_small`), from those whose point estimate does; if there are none either, the nearest: the
+    one that exceeds its limits by the least in sum, each as a share of its limit. Within a group the smallest `value`
+    wins. Latency is noisy, so candidates whose latency is within measurement noise of the smallest (the half widths
+    of the two intervals together, but from 3% to 10%) count as tied; ties go to the smaller file, then to the smaller
+    drop, then to the recipe that was tried first. Size, energy and accuracy are compared as they are.
     """
-    sure = {number: figures for number, figures in tried.items() if surely_meets(figures, budget)}
-    group = sure or {number: figures for number, figures in tried.items() if meets(figures, budget)}
+    group = {number: figures for number, figures in tried.items() if meets(figures, budget)}
     if not group:
         return min(tried, key=lambda number: (distance(tried[number], budget), value(tried[number], budget), number))
+    if not too_small(group, budget):
+        group = {number: figures for number, figures in group.items() if surely_meets(figures, budget)} or group
     best = min(group, key=lambda number: (value(group[number], budget), number))
     tied = [number for number in group if _tied(group[best], group[number], budget)]
     return min(tied, key=lambda number: (group[number].bytes, group[number].drop, number))
+
+
+def too_small(group: Mapping[int, Figures], budget: Budget) -> bool:
+    """Whether the split holds too few inputs for the bar: at least half of the candidates that answer differently
+    from the original at all have an interval wider to one side than the drop that may be lost. To insist on the
+    interval would then only choose what changes nothing.
+    """
+    widths = [figures.drop_high - figures.drop for figures in group.values() if figures.drop_high > figures.drop]
+    return budget.max_drop is not None and bool(widths) and statistics.median(widths) > budget.max_drop
 
 
 def _tied(best: Figures, other: Figures, budget: Budget) -> bool:

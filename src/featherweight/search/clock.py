@@ -10,12 +10,10 @@ import torch
 
 from ..core.context import Context
 from ..core.fit import Training, fit, steps_per_epoch
-from ..core.recipe import Recipe
 from ..core.step import Step
 from ..core.task import Task
 
 STEPS = 4  # training steps that are timed
-SHARES = 4  # trained trials that the time for searching should allow
 
 
 @dataclass
@@ -42,11 +40,16 @@ def seconds_per_epoch(task: Task, seed: int = 0) -> float:
     timed, times their number.
     """
     ctx = Context(task, seed=seed)
-    per_epoch = steps_per_epoch(ctx, task.batch_size)
+    per_epoch = batches_per_epoch(task)
     model = ctx.task.fresh().to(ctx.device)
     first = _timed_steps(model, ctx, 1, per_epoch)
     step = first if first > 10 else _timed_steps(model, ctx, STEPS, per_epoch) / STEPS
     return (step + _forward_seconds(ctx)) * per_epoch
+
+
+def batches_per_epoch(task: Task) -> int:
+    """Training steps in an epoch at the task's batch size."""
+    return steps_per_epoch(Context(task), task.batch_size)
 
 
 def _timed_steps(model: torch.nn.Module, ctx: Context, steps: int, per_epoch: int) -> float:
@@ -68,17 +71,3 @@ def epochs_of(item: Step) -> float:
     own = float(getattr(item, "epochs", 0.0)) if item.trains else 0.0
     retrain = getattr(item, "retrain", None)
     return own + (retrain.epochs * int(getattr(item, "rounds", 1)) if retrain is not None else 0.0)
-
-
-def training_seconds(recipe: Recipe, per_epoch: float) -> float:
-    """What the training in `recipe` should cost, by the original model's cost per epoch: an upper estimate where
-    steps shrink the model.
-    """
-    return sum(epochs_of(item) for item in recipe.steps) * per_epoch
-
-
-def affordable_epochs(left: float, per_epoch: float, overhead: float) -> float:
-    """Epochs per trained trial so that several of them fit into `left` seconds, each with `overhead` seconds for
-    export and measuring.
-    """
-    return max(0.0, (left / SHARES - overhead) / per_epoch)

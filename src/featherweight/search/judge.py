@@ -34,6 +34,7 @@ from .store import Store, build
 Loads = list[np.ndarray]  # for each time that an artifact was loaded: seconds, rounds x runs
 
 RESAMPLES = 400
+TIMING_SECONDS = 1.0  # for all artifacts that are timed side by side
 LOADS = 3  # of each artifact, when it is timed
 ORIGINAL = "original"
 
@@ -50,7 +51,6 @@ class Job:
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     store: Store = field(default_factory=Store)
-    timing_seconds: float = 1.0
 
     def context(self) -> Context:
         """A fresh context for the steps of one recipe."""
@@ -123,7 +123,7 @@ class Judge:
         return repeat(
             lambda: {name: one_input(item) for name, item in artifacts.items()},
             LOADS,
-            self.job.timing_seconds,
+            TIMING_SECONDS,
             self.job.seed,
         )
 

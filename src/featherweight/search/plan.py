@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.run import Budget
-from ..core.step import Between, Place, Step, knobs
+from ..core.step import Between, Place, Step
 from .choose import choose, meets
-from .space import Params, Space, at, strength
+from .space import EPOCHS, Params, Space, at, strength, tidy
 from .study import Trial
 
 STORE, TAKE = "store:", "take:"  # what the labels of plans begin with
 TRIES = 5  # per method that takes away
+HEALING = 0.3  # share of the longest training that heals what was taken away, where no time limit says otherwise
 SMALLEST = 0.06  # share of a range below which a bracket is not narrowed further
 
 
@@ -51,35 +52,39 @@ def plan(space: Space, trials: Sequence[Trial], budget: Budget) -> Plan | None:
     taking = [kind for place in (Place.RESHAPE, Place.SPARSIFY) for kind in space.kinds.get(place, ())]
     counts = {kind: len(_tries(kind, trials, budget)) for kind in taking}
     for kind in sorted(taking, key=lambda kind: (counts[kind], kind.kind)):
-        if (share := next_share(_tries(kind, trials, budget), strength(kind) is not None)) is not None:
+        tries = _tries(kind, trials, budget)
+        share = next_share(tries, kind.place is Place.SPARSIFY) if strength(kind) or not tries else None
+        if share is not None:
             return Plan(f"{TAKE}{kind.kind}:{share}", _taking(space, kind, share, _best_store(space, trials, budget)))
     return None
 
 
-def next_share(tries: Sequence[Try], ranged: bool = True) -> float | None:
+def next_share(tries: Sequence[Try], stronger_up: bool = False) -> float | None:
     """Which share (0 to 1) of a method's range to try next; None if enough is known.
 
-    The middle first, then three quarters; their sizes tell which way the artifact gets smaller. Then the middle
-    between the strongest that met the bar and the weakest that did not, or half way to the end of the range where
-    only one of them is known.
+    The middle first; then a quarter from the end that is guessed to take away more if that met the bar, from the
+    other end if not (`stronger_up` is the guess; from the second try on the sizes tell). Then the middle between the
+    strongest that met the bar and the next stronger that did not, or half way to the end of the range where only one
+    of them is known.
     """
     if not tries:
         return 0.5
-    measured = [item for item in tries if item.bytes is not None]
-    if not ranged or len(tries) >= TRIES or len(measured) < len(tries):
+    if len(tries) >= TRIES or any(item.bytes is None for item in tries):
         return None
-    if len(measured) == 1:
-        return 0.75
-    low, high = min(measured, key=lambda item: item.share), max(measured, key=lambda item: item.share)
-    stronger_up = (high.bytes or 0) < (low.bytes or 0)
-    met = [item.share if stronger_up else 1 - item.share for item in measured if item.met]
-    missed = [item.share if stronger_up else 1 - item.share for item in measured if not item.met]
-    floor, ceiling = max(met, default=0.0), min(missed, default=1.0)
-    if ceiling - floor < SMALLEST * 2:
-        return None
-    middle = (floor + ceiling) / 2
-    share = round(middle if stronger_up else 1 - middle, 3)
+    low, high = min(tries, key=lambda item: item.share), max(tries, key=lambda item: item.share)
+    if len(tries) > 1:
+        stronger_up = (high.bytes or 0) < (low.bytes or 0)
+    met = [_strength(item.share, stronger_up) for item in tries if item.met]
+    floor = max(met, default=0.0)
+    missed = [_strength(item.share, stronger_up) for item in tries if not item.met]
+    ceiling = min((share for share in missed if share > floor), default=1.0)
+    share = round(_strength((floor + ceiling) / 2, stronger_up), 3)
     return None if any(abs(item.share - share) < SMALLEST for item in tries) else share
+
+
+def _strength(share: float, stronger_up: bool) -> float:
+    """A share of the range as a share of how much is taken away, and back."""
+    return share if stronger_up else 1 - share
 
 
 def _tries(kind: type[Step], trials: Sequence[Trial], budget: Budget) -> list[Try]:
@@ -106,7 +111,9 @@ def _taking(space: Space, kind: type[Step], share: float, store: type[Step] | No
     settings: Params = {}
     if (found := strength(kind)) is not None:
         settings[f"{kind.kind}.{found[0]}"] = at(found[1], share)
-    if heal is not None and space.epochs is not None and isinstance(knob := knobs(heal).get("epochs"), Between):
-        settings[f"{heal.kind}.epochs"] = min(max(space.epochs, knob.low), knob.high)
+    if heal is not None and isinstance(knob := space.knobs(heal).get(EPOCHS), Between):
+        usual = heal.model_fields[EPOCHS].get_default(call_default_factory=True)
+        wanted = max(usual or 0.0, HEALING * space.longest) if space.epochs is None else space.epochs
+        settings[f"{heal.kind}.{EPOCHS}"] = tidy(min(max(wanted, knob.low), knob.high))
     places = {kind.place: kind, Place.HEAL: heal, Place.ENCODE: store}
     return space.params({place: item for place, item in places.items() if place is not None}, settings)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -17,7 +17,8 @@ from ..core.step import Between, OneOf, Place, Step, knobs, step
 from ..core.target import Target
 from ..core.task import Task
 
-NONE = "none"
+NONE, EPOCHS = "none", "epochs"
+ALONE = "_alone"  # ends the name of the parameter for a place where there must be a step
 LEAST_EPOCHS = 0.1  # training for less is not worth starting
 SPARSE_FORMS = frozenset({"sparse", "2:4"})
 
@@ -28,52 +29,83 @@ Params = dict[str, Any]
 class Space:
     """The methods that may stand at each place of a recipe, and what was left out and why.
 
-    `epochs` caps how long one step may train; None leaves it to the knob's own range.
+    `longest` is the upper end of what one step may train, in epochs, where that is more than the knob's own range (a
+    small data set has short epochs); `epochs` caps it at what the time allows; None is no cap.
     """
 
     kinds: Mapping[Place, tuple[type[Step], ...]]
     left_out: Mapping[str, str]
     heal_alone: bool = False
+    longest: float = 0.0
     epochs: float | None = None
 
+    @property
+    def trains(self) -> bool:
+        """Whether any method in it trains."""
+        return any(kind.trains for kinds in self.kinds.values() for kind in kinds)
+
     def suggest(self, trial: optuna.Trial) -> Recipe:
-        """A whole recipe from `trial`; it may hold no step at all. Healing is offered only where something was taken
-        away before it.
+        """A whole recipe from `trial`. Healing is offered only where something was taken away before it; at the last
+        place there must be a step if there was none before.
         """
         steps: list[Step] = []
         for place, kinds in self.kinds.items():
-            if place is Place.HEAL and not steps and not self.heal_alone:
+            if (label := self._label(place, bool(steps))) is None:
                 continue
-            picked = trial.suggest_categorical(place.name.lower(), [NONE, *(kind.kind for kind in kinds)])
+            names = [kind.kind for kind in kinds]
+            picked = trial.suggest_categorical(label, names if label.endswith(ALONE) else [NONE, *names])
             if picked != NONE:
                 steps.append(step(picked, **self._settings(trial, Step.kinds[picked])))
         return Recipe(steps)
 
-    def _settings(self, trial: optuna.Trial, kind: type[Step]) -> dict[str, Any]:
-        return {
-            name: self._limit(name, _suggest(trial, f"{kind.kind}.{name}", knob, kind, name))
-            for name, knob in knobs(kind).items()
-        }
+    def _label(self, place: Place, any_before: bool) -> str | None:
+        """The parameter that says which method stands at `place`; None if none may. It has a name of its own where
+        there must be one.
+        """
+        if place is Place.HEAL and not any_before and not self.heal_alone:
+            return None
+        must = not any_before and place is max(self.kinds)
+        return place.name.lower() + (ALONE if must else "")
 
-    def _limit(self, name: str, value: Any) -> Any:
-        return tidy(min(value, self.epochs)) if name == "epochs" and self.epochs is not None else value
+    def _settings(self, trial: optuna.Trial, kind: type[Step]) -> dict[str, Any]:
+        found = {}
+        for name, knob in self.knobs(kind).items():
+            found[name] = _suggest(trial, f"{kind.kind}.{name}", knob, kind, name)
+            if name == EPOCHS and self.epochs is not None:
+                found[name] = tidy(min(found[name], self.epochs))
+        return found
+
+    def knobs(self, kind: type[Step]) -> dict[str, Between | OneOf]:
+        """What may be varied in a step of this kind, with the range of epochs that suits the task."""
+        found = knobs(kind)
+        if isinstance(knob := found.get(EPOCHS), Between) and kind.trains:
+            found[EPOCHS] = replace(knob, high=max(knob.high, tidy(self.longest)))
+        return found
 
     def params(self, kinds: Mapping[Place, type[Step] | None], settings: Mapping[str, Any] | None = None) -> Params:
         """The parameters that make `suggest` give these methods with their default settings, but for `settings`
         ("kind.setting": value).
         """
         found: Params = {}
+        any_before = False
         for place in self.kinds:
             kind = kinds.get(place)
-            found[place.name.lower()] = NONE if kind is None else kind.kind
-            for name, knob in knobs(kind).items() if kind is not None else ():
-                default = kind.model_fields[name].get_default(call_default_factory=True) if kind is not None else None
-                if _inside(default, knob):
-                    found[f"{kind.kind}.{name}"] = default  # type: ignore[union-attr]
+            if (label := self._label(place, any_before)) is not None:
+                found[label] = NONE if kind is None else kind.kind
+            if kind is not None:
+                any_before = True
+                found |= {f"{kind.kind}.{name}": default for name, default in self._defaults(kind).items()}
         return found | dict(settings or {})
 
+    def _defaults(self, kind: type[Step]) -> dict[str, Any]:
+        """The default of every setting that may be varied, where it lies in the range."""
+        given = {name: kind.model_fields[name].get_default(call_default_factory=True) for name in self.knobs(kind)}
+        return {name: default for name, default in given.items() if _inside(default, self.knobs(kind)[name])}
 
-def space_for(task: Task, target: Target, objective: str = "latency", epochs: float | None = None) -> Space:
+
+def space_for(
+    task: Task, target: Target, objective: str = "latency", longest: float = 0.0, epochs: float | None = None
+) -> Space:
     """The space of what can work on `task` and `target`: methods are found through the registry.
 
     Left out, with the reason: methods whose forms the target does not carry, methods that only make zeros where the
@@ -89,7 +121,9 @@ def space_for(task: Task, target: Target, objective: str = "latency", epochs: fl
             if reason := _unusable(kind, task, target, epochs):
                 left[kind.kind] = reason
         kinds[place] = tuple(kind for kind in here if kind.kind not in left)
-    return Space({place: found for place, found in kinds.items() if found}, left, objective == "accuracy", epochs)
+    return Space(
+        {place: found for place, found in kinds.items() if found}, left, objective == "accuracy", longest, epochs
+    )
 
 
 def _unusable(kind: type[Step], task: Task, target: Target, epochs: float | None) -> str:

@@ -12,11 +12,13 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from ..core.errors import OutputError
 from ..core.files import whole_file
 from ..core.recipe import Recipe
 from .choose import Figures
+from .output import disk_reason
 from .space import Params
 
 NAME = "featherweight"
@@ -25,7 +27,9 @@ INDEX, RECIPE, RESULT = "index", "recipe", "result"
 
 
 class Trial(BaseModel):
-    """One recipe that was tried: its place in the search, the recipe, how it ended, and what was measured."""
+    """One recipe that was tried: its place in the search, the recipe, how it ended, and what was measured; `copied`:
+    of an earlier trial of the same recipe.
+    """
 
     model_config = ConfigDict(extra="forbid")
     index: int
@@ -35,6 +39,7 @@ class Trial(BaseModel):
     reason: str = ""
     figures: Figures | None = None
     seconds: float = 0.0
+    copied: bool = False
     plan: str = ""
 
 
@@ -147,8 +152,11 @@ def _open(path: Path) -> optuna.Study:
     url = URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
     try:
         return optuna.create_study(storage=optuna.storages.RDBStorage(url), study_name=NAME, load_if_exists=True)
-    except (RuntimeError, optuna.exceptions.OptunaError) as error:
-        raise OutputError(f"{path} cannot be read as the database of a search: {error}") from error
+    except (RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+        if disk_reason(error) is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise OutputError(f"{path} is not the database of a search ({reason[:120]}); choose another folder") from error
 
 
 def _close(study: optuna.Study) -> None:
@@ -165,5 +173,4 @@ def _sampler(seed: int, index: int) -> optuna.samplers.BaseSampler:
         n_startup_trials=STARTUP,
         multivariate=True,
         group=True,
-        warn_independent_sampling=False,
     )

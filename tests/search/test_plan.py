@@ -1,0 +1,81 @@
+"""What is tried first, and how the strength of a method is bracketed."""
+
+from tiny_search import Heal, Narrow, Round, registered
+
+from featherweight.core.run import Budget
+from featherweight.core.step import Place
+from featherweight.search.choose import Figures
+from featherweight.search.plan import Try, next_share, plan
+from featherweight.search.space import Space
+from featherweight.search.study import Trial
+
+BAR = Budget(objective="size", max_drop=0.5)
+
+
+def tried(index: int, label: str, size: int | None, drop: float = 0.0) -> Trial:
+    figures = None if size is None else Figures(accuracy=90, drop=drop, drop_high=drop, bytes=size, latency_ms=1.0)
+    state = "failed" if size is None else "done"
+    return Trial(index=index, recipe={"steps": []}, digest=str(index), state=state, figures=figures, plan=label)
+
+
+def space(**rest: float) -> Space:
+    return Space({Place.RESHAPE: (Narrow,), Place.HEAL: (Heal,), Place.ENCODE: (Round,)}, {}, **rest)
+
+
+def test_storage_without_training_comes_first_then_the_middle_of_the_range() -> None:
+    with registered(Narrow, Heal, Round):
+        first = plan(space(), [], BAR)
+        assert first is not None and first.label == "store:tiny.round"
+        assert first.params["encode"] == "tiny.round" if "encode" in first.params else first.params["encode_alone"]
+        second = plan(space(), [tried(0, first.label, 1000)], BAR)
+    assert second is not None and second.label == "take:tiny.narrow:0.5"
+    assert second.params["tiny.narrow.keep"] == 0.5 and second.params["heal"] == "tiny.heal"
+    assert second.params["encode"] == "tiny.round"
+
+
+def test_a_storage_that_failed_is_not_built_upon() -> None:
+    with registered(Narrow, Heal, Round):
+        second = plan(space(), [tried(0, "store:tiny.round", None)], BAR)
+    assert second is not None and second.params["encode"] == "none"
+
+
+def test_healing_lasts_as_long_as_the_time_allows_or_the_data_need() -> None:
+    with registered(Narrow, Heal, Round):
+        stored = [tried(0, "store:tiny.round", 1000)]
+        limited, free = plan(space(epochs=1.37), stored, BAR), plan(space(longest=100.0), stored, BAR)
+    assert limited is not None and limited.params["tiny.heal.epochs"] == 1.4
+    assert free is not None and free.params["tiny.heal.epochs"] == 30.0
+
+
+def test_the_rules_end() -> None:
+    done = [tried(0, "store:tiny.round", 1000), tried(1, "take:tiny.narrow:0.5", None)]
+    with registered(Narrow, Heal, Round):
+        assert plan(space(), done, BAR) is None
+
+
+def follow(met: object, size: object, guess: bool) -> list[float]:
+    """The shares that are tried where `met(share)` and `size(share)` are what would be found."""
+    tries: list[Try] = []
+    while (share := next_share(tries, guess)) is not None:
+        tries.append(Try(share, size(share), met(share)))  # type: ignore[operator]
+    return [item.share for item in tries]
+
+
+def test_the_bracket_closes_on_the_strongest_that_meets_the_bar() -> None:
+    for guess in (True, False):  # a wrong guess of the direction costs one try
+        shares = follow(lambda share: share >= 0.3, lambda share: int(1000 * share), guess)
+        assert min(abs(share - 0.3) for share in shares) < 0.1
+        assert any(share >= 0.3 for share in shares) and len(shares) <= 5
+
+
+def test_the_bracket_goes_on_towards_the_strong_end_while_the_bar_is_met() -> None:
+    assert follow(lambda share: True, lambda share: int(1000 * share), False) == [0.5, 0.25, 0.125, 0.062]
+    assert follow(lambda share: True, lambda share: int(1000 * (1 - share)), True) == [0.5, 0.75, 0.875, 0.938]
+
+
+def test_the_bracket_goes_towards_the_weak_end_while_it_is_missed() -> None:
+    assert follow(lambda share: False, lambda share: int(1000 * share), False) == [0.5, 0.75, 0.875, 0.938]
+
+
+def test_a_failure_ends_the_bracket() -> None:
+    assert next_share([Try(0.5, None, False)]) is None
