@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..core.errors import MissingExtra
 from ..core.files import file_digest, value_digest
 from ..core.outputs import first
-from ..core.registry import need
 from ..core.task import Task, labels, ready_made
+from . import huggingface
 from .metrics import spearman
 from .source import Source
 from .splits import random_order
@@ -76,7 +76,7 @@ def stsb_minilm() -> Task:
     """MiniLM sentence embeddings (6 layers, 22.6 million parameters) on STS-Benchmark: 1,379 test pairs, Spearman 82.03."""
     source = Source("stsb-minilm", *(f"text/stsb/{part}.tsv" for part in PARTS))
     folder = model_folder()
-    tokenizer = need("transformers", "zoo").AutoTokenizer.from_pretrained(folder)
+    tokenizer = huggingface.pretrained("AutoTokenizer", folder)
     train, dev, test = (pairs(source.path(f"text/stsb/{part}.tsv"), tokenizer) for part in PARTS)
     free = {0: "batch", 1: "sequence"}
     weights = [file_digest(folder / name) for name in ("config.json", "tokenizer.json")]
@@ -106,8 +106,7 @@ def model_folder() -> Path:
 
 def encoder(folder: Path) -> nn.Module:
     """The encoder of a local Hugging Face folder, without its unused pooler."""
-    load = need("transformers", "zoo").AutoModel.from_pretrained
-    return SentenceEncoder(load(folder, add_pooling_layer=False, attn_implementation="eager")).eval()
+    return SentenceEncoder(huggingface.model("AutoModel", folder, add_pooling_layer=False)).eval()
 
 
 def pairs(file: Path, tokenizer: Any) -> Pairs:

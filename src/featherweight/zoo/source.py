@@ -31,7 +31,9 @@ class Source:
         self.task, self.folder, self.files = task, Path(where), files
         for file in files:
             if not self.path(file).is_file():
-                raise TaskError(f"zoo:{task} needs {file}, which is not in {self.folder}: set {DATA} to the data folder")
+                raise TaskError(
+                    f"zoo:{task} needs {file}, which is not in {self.folder}: set {DATA} to the data folder"
+                )
 
     def path(self, file: str) -> Path:
         return self.folder / file
