@@ -64,7 +64,7 @@ def test_without_a_counter_that_moves_the_figure_is_modelled(bench: Callable[...
     readings = Energy(counters=str(tmp_path / "powercap"), seconds=0.05).read(made)
     assert {reading.kind for reading in readings} == {"modelled"}
     assert all(reading.conditions["model"] == "Horowitz 2014, 45 nm" for reading in readings)
-    assert readings[0].conditions["activation bytes"] == "the input's only"
+    assert readings[0].conditions["activations"] == "the input's only"
     one, other, ratio = (
         find(readings, subject, name)
         for subject, name in (
@@ -79,9 +79,9 @@ def test_without_a_counter_that_moves_the_figure_is_modelled(bench: Callable[...
 
 
 def test_the_model_by_hand():
-    """10 float and 20 integer multiply-accumulates, 80 bytes of weights, 16 bytes in and between."""
+    """10 float and 20 integer multiply-accumulates, 80 bytes of weights, 12 bytes of activations."""
     work = Work(parameters=20, macs=30, integer_macs=20, weight_bytes=80, activation_bytes=12)
-    rest = 10 * 4.6 + 20 * 0.3 + 2 * 16 / 8 * 100
+    rest = 10 * 4.6 + 20 * 0.3 + 2 * 12 / 8 * 100
     found = modelled(work, input_bytes=4)
     assert found.low == pytest.approx((rest + 10 * 1300) * 1e-9)
     assert found.high == pytest.approx((rest + 10 * 2600) * 1e-9)

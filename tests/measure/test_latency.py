@@ -39,11 +39,11 @@ def test_known_delays_are_found(bench: Callable[..., Bench], tmp_path: Path, ori
 
 
 def test_counts_are_runs_and_rounds(bench: Callable[..., Bench]):
-    readings = Latency(batches=(2,), seconds=0.1, loads=2, rounds=8).read(bench(delay=0.002))
+    readings = Latency(batches=(2,), seconds=0.1, loads=2).read(bench(delay=0.002))
     p50, speedup = find(readings, "compressed", "p50_ms"), find(readings, "compressed", "speedup")
     assert p50 is not None and speedup is not None and p50.n is not None and speedup.n is not None
-    assert 6 <= speedup.n <= 8
-    assert p50.n >= speedup.n
+    assert speedup.n >= 6
+    assert p50.n > speedup.n
 
 
 def test_without_a_compressed_artifact_there_is_no_ratio(bench: Callable[..., Bench]):

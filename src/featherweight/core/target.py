@@ -33,9 +33,7 @@ class Work(BaseModel):
     macs: int
     integer_macs: int = 0
     weight_bytes: int
-    activation_bytes: int | None = (
-        None  # of all intermediate results and outputs, each once; None where it cannot be told
-    )
+    activation_bytes: int | None = None  # that products read beside the weights; None where it cannot be told
 
 
 class Input(BaseModel):

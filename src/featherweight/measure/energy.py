@@ -98,13 +98,14 @@ def modelled(work: Work, input_bytes: int) -> Estimate:
     """Millijoules of one inference at batch 1 by the 45 nm table; low and high are the ends of its range for DRAM.
 
     A float multiply-accumulate is a float32 multiply and a float32 addition; an integer one an int8 multiply and an
-    int32 addition. Every stored weight byte comes from DRAM once. The input, and every intermediate result where the
-    target counts them, is written to and read from a cache of 1 MB once. What control, addressing and format changes
-    cost is left out, so only ratios should be relied on.
+    int32 addition. Every stored weight byte comes from DRAM once. Every byte of activations that a product reads (where
+    the target cannot tell them: of the model's input) was written to and is read from a cache of 1 MB once. What
+    control, addressing and other operations cost is left out, so only ratios should be relied on.
     """
     floats = (work.macs - work.integer_macs) * (PICOJOULES["float32 multiply"] + PICOJOULES["float32 add"])
     integers = work.integer_macs * (PICOJOULES["int8 multiply"] + PICOJOULES["int32 add"])
-    moved = 2 * (input_bytes + (work.activation_bytes or 0)) / 8 * PICOJOULES["8 bytes from a cache of 1 MB"]
+    activations = input_bytes if work.activation_bytes is None else work.activation_bytes
+    moved = 2 * activations / 8 * PICOJOULES["8 bytes from a cache of 1 MB"]
     near, far = (work.weight_bytes / 8 * PICOJOULES[f"8 bytes from DRAM, {end}"] for end in ("at least", "at most"))
     rest = floats + integers + moved
     return Estimate((rest + (near + far) / 2) * 1e-9, (rest + near) * 1e-9, (rest + far) * 1e-9)
@@ -127,7 +128,7 @@ def _modelled(bench: Bench) -> list[Reading]:
 
 def _conditions(bench: Bench, artifact: Artifact) -> dict[str, int | str]:
     counted = "counted" if artifact.manifest.work.activation_bytes is not None else "the input's only"
-    return {"model": MODEL, "batch": 1, "activation bytes": counted, **free_sizes(bench, artifact.example())}
+    return {"model": MODEL, "batch": 1, "activations": counted, **free_sizes(bench, artifact.example())}
 
 
 def _input_bytes(artifact: Artifact) -> int:

@@ -24,7 +24,7 @@ class Latency(Axis, name="latency"):
     Per batch size and number of threads: `p50_ms`, `p95_ms`, `p99_ms` (milliseconds per call of a whole batch),
     `throughput` (inputs per second, from the mean) and, for the compressed artifact, `speedup` (original /
     compressed). The artifacts are loaded afresh `loads` times. `seconds` is the time aimed at per condition for all
-    artifacts together; slow artifacts take longer, 3 runs per load at least. `n` counts timed runs (for the speedup:
+    artifacts together; slow artifacts take longer, 3 rounds per load at least. `n` counts timed runs (for the speedup:
     paired rounds). See `timing.interleave` and `statistics.speedup` for how.
     """
 
@@ -32,7 +32,6 @@ class Latency(Axis, name="latency"):
     threads: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     seconds: Annotated[float, Field(gt=0, le=3600)] = 2.0
     loads: Annotated[int, Field(ge=1, le=100)] = 6
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = 60
 
     def read(self, bench: Bench) -> list[Reading]:
         """Raises `ArtifactError` for a damaged artifact, `TaskError` if the split has no data."""
@@ -44,7 +43,7 @@ class Latency(Axis, name="latency"):
         return found
 
     def _read(self, bench: Bench, size: int, threads: int) -> list[Reading]:
-        samples = repeat(partial(loaded, bench, size, threads), self.loads, self.seconds, bench.seed, self.rounds)
+        samples = repeat(partial(loaded, bench, size, threads), self.loads, self.seconds, bench.seed)
         arrays = real_inputs(bench, bench.original.open(threads), size)
         conditions = {"batch": size, "threads": threads, **free_sizes(bench, arrays)}
         found: list[Reading] = []

@@ -12,14 +12,15 @@ import numpy as np
 Call = Callable[[], object]
 Samples = np.ndarray  # seconds of the timed runs of one call: rounds x runs in a round
 
-_MOST_RUNS = 200  # of one call in one round: more would only repeat what the round already says
+_MOST_RUNS = 20  # of one call in one block: a block must be over before the machine's other work has changed
+_LASTING = 0.02  # seconds: in a call as long as this, what is found in the caches at its start does not count
 _TOLERANCE = 0.05  # a call is warm when it gets no faster by more than this share
 
 
 def repeat(
-    load: Callable[[], Mapping[str, Call]], loads: int = 6, seconds: float = 2.0, seed: int = 0, rounds: int = 60
+    load: Callable[[], Mapping[str, Call]], loads: int = 6, seconds: float = 2.0, seed: int = 0, max_rounds: int = 300
 ) -> dict[str, list[Samples]]:
-    """Load afresh `loads` times and interleave the calls each time; `seconds` and `rounds` are for all loads together.
+    """Load afresh `loads` times and interleave the calls each time; `seconds` are for all loads together.
 
     `load` gives the calls by name, made anew: where a runtime's buffers come to lie differs from load to load and
     moves the time by some percent, which no number of runs of one load would show. Returns, by name, what
@@ -27,47 +28,52 @@ def repeat(
     """
     taken: dict[str, list[Samples]] = {}
     for count in range(loads):
-        samples = interleave(load(), seconds / loads, seed + count, rounds=max(1, rounds // loads), min_rounds=3)
+        samples = interleave(load(), seconds / loads, seed + count, min_rounds=3, max_rounds=max_rounds)
         for name, rows in samples.items():
             taken.setdefault(name, []).append(rows)
     return taken
 
 
 def interleave(
-    calls: Mapping[str, Call], seconds: float = 2.0, seed: int = 0, rounds: int = 40, min_rounds: int = 10
+    calls: Mapping[str, Call],
+    seconds: float = 2.0,
+    seed: int = 0,
+    min_rounds: int = 10,
+    max_rounds: int = 1000,
+    block: float = 0.005,
 ) -> dict[str, Samples]:
     """Time every call in short blocks that alternate in one process, in an order drawn anew for each round.
 
-    Each call is warmed up until it gets no faster. A round gives each call the same share of the time and at least
-    one timed run; where a round holds several, one more run goes before them, untimed, so that no call pays for the
-    caches that another left behind. `seconds` is the time aimed at for all calls together, after the warm-up; slow
-    calls still get `min_rounds` rounds. The garbage collector rests meanwhile. Returns seconds per run by call,
-    rounds x runs: row i of every call was taken in the same moment, so ratios are formed by row (paired design:
-    Georges et al., OOPSLA 2007; Kalibera and Jones, ISMM 2013).
+    Each call is warmed up until it gets no faster. In a round each call gets a block of about `block` seconds, at
+    least one timed run; one more run goes before them, untimed, so that no call pays for the caches that another left
+    behind (a call that lasts pays nothing worth it). Rounds go on for `seconds`, which are for all calls together
+    without the warm-up, but not fewer than `min_rounds`, nor more than `max_rounds`. The garbage collector rests
+    meanwhile. Returns seconds per run by call, rounds x runs: row i of every call was taken in the same moment, so
+    ratios are formed by row (paired design: Georges et al., OOPSLA 2007; Kalibera and Jones, ISMM 2013).
     """
     if not calls:
         raise ValueError("there is nothing to time")
     generator = np.random.default_rng(seed)
     with _no_collector():
         costs = {name: warm_up(call, limit=seconds / (2 * len(calls))) for name, call in calls.items()}
-        runs = {name: runs_in_block(cost, seconds / (rounds * len(calls))) for name, cost in costs.items()}
         taken: dict[str, list[list[float]]] = {name: [] for name in calls}
         start = time.perf_counter()
-        for done in range(max(rounds, min_rounds)):
+        for done in range(max(min_rounds, max_rounds)):
             if done >= min_rounds and time.perf_counter() - start > seconds:
                 break
             for name in generator.permutation(list(calls)):
-                taken[name].append(_block(calls[name], runs[name]))
+                runs = runs_in_block(costs[name], block)
+                taken[name].append(_block(calls[name], runs, settle=costs[name] < _LASTING))
     return {name: np.array(rows) for name, rows in taken.items()}
 
 
-def runs_in_block(cost: float, share: float) -> int:
-    """How many runs of `cost` seconds fill a block of `share` seconds, the untimed one among them; at least 1."""
-    return int(np.clip(round(share / max(cost, 1e-9)) - 1, 1, _MOST_RUNS))
+def runs_in_block(cost: float, block: float) -> int:
+    """How many runs of `cost` seconds are timed in a block of `block` seconds: at least 1."""
+    return int(np.clip(round(block / max(cost, 1e-9)), 1, _MOST_RUNS))
 
 
 def warm_up(call: Call, limit: float = 1.0) -> float:
-    """Run `call` until it gets no faster; return the median seconds of a run at the end.
+    """Run `call` until it gets no faster; return the seconds of its fastest run.
 
     Windows of runs, each about a tenth of `limit` (seconds) long, are compared: the call is warm when two of them in
     a row have not brought the best time down by more than 5%. After `limit` it is taken as it is.
@@ -76,16 +82,15 @@ def warm_up(call: Call, limit: float = 1.0) -> float:
     best = _once(call)
     size = int(np.clip(limit / 10 / max(best, 1e-9), 1, 50))
     stable = 0
-    while True:
-        window = _block(call, size, settle=False)
-        stable = stable + 1 if min(window) > best * (1 - _TOLERANCE) else 0
-        best = min(best, *window)
-        if stable == 2 or time.perf_counter() - start > limit:
-            return float(np.median(window))
+    while stable < 2 and time.perf_counter() - start < limit:
+        fastest = min(_once(call) for _ in range(size))
+        stable = stable + 1 if fastest > best * (1 - _TOLERANCE) else 0
+        best = min(best, fastest)
+    return best
 
 
-def _block(call: Call, runs: int, settle: bool = True) -> list[float]:
-    if settle and runs > 1:
+def _block(call: Call, runs: int, settle: bool) -> list[float]:
+    if settle:
         call()
     return [_once(call) for _ in range(runs)]
 
@@ -100,7 +105,6 @@ def _once(call: Call) -> float:
 def _no_collector() -> Iterator[None]:
     """Keep the garbage collector from running inside a timed call; it is left as it was found."""
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
