@@ -1,5 +1,6 @@
 """The commands: what they print, where, and with which exit code."""
 
+import io
 import json
 import os
 import signal
@@ -9,16 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from featherweight import catalog, cli
 from featherweight.cli import main, names
 from featherweight.core.axis import Axis
 from featherweight.core.progress import Progress
-from featherweight.core.reading import Reading
+from featherweight.core.run import Run
 from featherweight.core.step import Step
 from featherweight.core.target import Target
 from featherweight.core.task import zoo
-from featherweight.terminal import change, figure, label, number, pairs
+from featherweight.terminal import gains_table
 
 TASKS = str(Path(__file__).parent / "tiny_tasks.py")
 COMMANDS = ["demo", "compress", "apply", "measure", "report", "methods", "targets", "axes", "tasks"]
@@ -165,32 +168,37 @@ def test_compress_prints_one_json_object_whatever_libraries_print(tmp_path: Path
     }
 
 
-def test_apply_shows_what_was_gained_and_lost(done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_apply_shows_what_was_gained_and_lost(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The job is finished already, so that it is shown at once."""
+    assert main(["apply", "int8", f"{TASKS}:bars", "--out", str(done)]) == 0
+    shown = capfd.readouterr()
+    for text in ("top1", "artifact on disk", "latency p50", "smaller", "quantize.static", str(done / "report.html")):
+        assert text in shown.out
+    assert "nothing is done again" in shown.err
+
+
+def test_apply_in_json(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check(answer(capfd, "apply", "int8", f"{TASKS}:bars", "--out", str(done)), done)
+
+
+def test_apply_measures_the_axes_it_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(["apply", "int8", f"{TASKS}:bars", "--out", str(out)]) == 0
-    shown = capfd.readouterr().out
-    for text in (
-        "top1",
-        "file_bytes",
-        "p50_ms",
-        "original",
-        "compressed",
-        "smaller",
-        "quantize.static",
-        str(out / "report.html"),
-    ):
-        assert text in shown
-
-
-def test_apply_in_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    check(answer(capfd, "apply", "int8", f"{TASKS}:bars", "--out", str(tmp_path / "out")), tmp_path / "out")
-
-
-def test_measure_reads_the_axes_it_is_told(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = answer(capfd, "measure", str(done), "--axes", "accuracy, size")
+    found = answer(capfd, "apply", "int8", f"{TASKS}:bars", "--out", str(out), "--axes", "accuracy, size")
+    check(found, out)
     assert {reading["axis"] for reading in found["readings"]} == {"accuracy", "size"}
-    assert main(["measure", str(done), "--axes", "size"]) == 0
-    assert "file_bytes" in capfd.readouterr().out
+
+
+def test_measure_reads_anew_the_axes_it_is_told(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = json.loads((done / "run.json").read_text())
+    truth = {axis: [r["value"] for r in run["readings"] if r["axis"] == axis] for axis in ("size", "memory")}
+    for reading in run["readings"]:
+        reading["value"] = 1.0
+    (done / "run.json").write_text(json.dumps(run))
+    check(found := answer(capfd, "measure", str(done), "--axes", "accuracy, size"), done)
+    assert [r["value"] for r in found["readings"] if r["axis"] == "size"] == truth["size"]
+    assert {r["value"] for r in found["readings"] if r["axis"] == "memory"} == {1.0} != set(truth["memory"])
+    assert main(["measure", str(done)]) == 0
+    assert "peak resident memory" in capfd.readouterr().out
 
 
 def test_measure_refuses_an_unknown_axis(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -297,46 +305,18 @@ def test_names() -> None:
     assert names(" accuracy, size,,latency ") == ["accuracy", "size", "latency"]
 
 
-def reading(subject: str, axis: str, name: str, value: float, unit: str = "", **rest: object) -> Reading:
-    return Reading(subject=subject, axis=axis, name=name, value=value, unit=unit, runtime="r", machine="m", **rest)
+def test_the_table_holds_every_figure_and_in_detail_the_intervals(done: Path) -> None:
+    """The rows themselves are the report's, and tested there."""
+    run = Run.model_validate_json((done / "run.json").read_text())
+    shown = {details: printed(gains_table(run, details)) for details in (False, True)}
+    assert "latency p95" in shown[True] and "latency p95" not in shown[False]
+    for text in ("artifact on disk", "latency p50, batch 1, 1 thread", "top1, test, n = 200", "smaller", "change"):
+        assert text in shown[False]
+    assert " to " in shown[True] and " to " not in shown[False]
 
 
-@pytest.mark.parametrize(
-    ("axis", "name", "original", "compressed", "text"),
-    [
-        ("size", "file_bytes", 400, 100, "[green]4.00x smaller[/]"),
-        ("size", "file_bytes", 100, 125, "[red]1.25x larger[/]"),
-        ("latency", "p50_ms", 1.0, 2.0, "[red]2.00x slower[/]"),
-        ("latency", "throughput", 100, 300, "[green]3.00x faster[/]"),
-        ("memory", "peak_bytes", 300, 100, "[green]3.00x less[/]"),
-        ("memory", "peak_bytes", 1000, 1001, "same"),
-        ("size", "integer_macs", 0, 1000, ""),
-        ("accuracy", "top1", 98.5, 98.0, "-0.5 %"),
-    ],
-)
-def test_change(axis: str, name: str, original: float, compressed: float, text: str) -> None:
-    unit = "%" if axis == "accuracy" else ""
-    pair = {
-        "original": reading("original", axis, name, original, unit),
-        "compressed": reading("compressed", axis, name, compressed, unit),
-    }
-    assert change(pair) == text
-    assert change({"compressed": pair["compressed"]}) == ""
-
-
-def test_readings_of_the_same_figure_and_conditions_stand_in_one_row() -> None:
-    rows = [
-        reading(s, "latency", "p50_ms", 1.0, "ms", conditions={"batch": b})
-        for s in ("original", "compressed")
-        for b in (1, 32)
-    ]
-    assert [sorted(pair) for pair in pairs(rows)] == [["compressed", "original"]] * 2
-    assert [label(pair["original"]) for pair in pairs(rows)] == ["p50_ms (batch 1)", "p50_ms (batch 32)"]
-
-
-def test_figures_carry_unit_and_interval() -> None:
-    assert (
-        figure(reading("original", "accuracy", "top1", 98.6667, "%", low=97.5, high=99.5)) == "98.67 % (97.5 to 99.5)"
-    )
-    assert figure(reading("original", "size", "file_bytes", 1156588, "B")) == "1,156,588 B"
-    assert [number(value) for value in (0.012345, 12.3456, 1e6)] == ["0.01235", "12.35", "1,000,000"]
+def printed(table: Table) -> str:
+    out = Console(width=140, file=io.StringIO())
+    out.print(table)
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import types
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,7 +15,7 @@ from .core import registry
 from .core.axis import Axis
 from .core.step import Between, OneOf, Step
 from .core.target import Target
-from .core.task import zoo
+from .core.task import ReadyMade, zoo
 
 Entry = dict[str, Any]
 BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "a multiple of"))
@@ -43,12 +43,14 @@ def axes() -> list[Entry]:
 
 
 def tasks() -> list[Entry]:
-    """Every ready-made task: the name to give on the command line, and what it is."""
+    """Every ready-made task: the name to give on the command line, what it is, and what it lacks here."""
     registry.load("tasks")
-    return [
-        {"name": f"zoo:{name}", "summary": summary(function)} | _needs(function)
-        for name, function in sorted(zoo.items())
-    ]
+    return [_task(name, made) for name, made in sorted(zoo.items())]
+
+
+def _task(name: str, made: ReadyMade) -> Entry:
+    unset = [variable for variable in made.variables if not os.environ.get(variable)]
+    return {"name": f"zoo:{name}", "summary": summary(made.function), "unset": unset} | _needs(made)
 
 
 def _entry(name: str, kind: type[BaseModel]) -> Entry:
@@ -61,8 +63,8 @@ def summary(thing: Any) -> str:
     return paragraph.split(". ")[0].rstrip(".") + "." if paragraph else ""
 
 
-def _needs(thing: type[BaseModel] | Callable[[], Any]) -> Entry:
-    """What the thing needs and this environment lacks, and the command that installs it."""
+def _needs(thing: type[BaseModel] | ReadyMade) -> Entry:
+    """The packages that the thing needs and this environment lacks, and the command that installs them."""
     packages = getattr(thing, "packages", ())
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     extra = getattr(thing, "extra", "") or getattr(thing, "__module__", "").rpartition(".")[2]

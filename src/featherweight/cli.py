@@ -121,6 +121,7 @@ def apply_recipe(
     task: TaskArgument,
     out: Out,
     target: TargetOption = "onnxruntime",
+    axes: Annotated[str | None, typer.Option(help="What to measure, with commas between [default: all axes].")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -129,9 +130,9 @@ def apply_recipe(
 
     def work(progress: Progress) -> tuple[Run, Path]:
         from . import api
-        from .core.recipe import Recipe
 
-        return api.apply(task, Recipe.read(recipe), target, out=out, seed=seed, progress=progress).run, out
+        chosen = None if axes is None else names(axes)
+        return api.apply(task, recipe, target, out=out, seed=seed, axes=chosen, progress=progress).run, out
 
     return _do(work, as_json, debug)
 

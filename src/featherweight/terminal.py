@@ -18,6 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from .core.progress import Progress
+from .report import compare, text
 
 if TYPE_CHECKING:
     from .core.reading import Reading
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
 
 REDRAW_SECONDS = 0.2
 PIPE_WIDTH = 120
-BETTER_AND_WORSE = {
-    "size": ("smaller", "larger"),
-    "latency": ("faster", "slower"),
-    "memory": ("less", "more"),
-    "energy": ("less", "more"),
-}
-MORE_IS_BETTER = ("throughput",)
-DETAILS = ("p95_ms", "p99_ms", "mean_ms", "weight_bytes", "added_bytes", "ratio", "p50_ratio")
+COLOURS = {"better": "green", "worse": "red"}
+DETAILS = (
+    "p95_ms",
+    "p99_ms",
+    "throughput",
+    "speedup",
+    "weight_bytes",
+    "ratio",
+    "added_bytes",
+    "floor_bytes",
+    "energy_ratio",
+)
 
 
 class Bars(Progress):
@@ -112,14 +117,13 @@ def stdout_to_stderr() -> Iterator[None]:
 def show_run(out: Console, run: Run, folder: Path, details: bool = False) -> None:
     """The verdict, the table of what was gained and lost, the warnings, and where everything is."""
     out.print(f"\n[bold {'green' if run.feasible else 'red'}]{escape(run.verdict)}[/]\n", soft_wrap=True)
-    out.print(gains_table(run.readings, details))
+    out.print(gains_table(run, details))
     if run.candidates:
         states = [candidate.state for candidate in run.candidates]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         out.print(f"{len(states)} recipes tried: {counts}")
     for place, step in enumerate(run.recipe.get("steps", []), 1):
-        settings = ", ".join(f"{key}={value}" for key, value in step.items() if key != "kind")
-        out.print(f"step {place}: {step['kind']}{f' ({settings})' if settings else ''}", markup=False, soft_wrap=True)
+        out.print(f"step {place}: {text.step(step)}", markup=False, soft_wrap=True)
     for warning in run.warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     for name, path in (
@@ -131,72 +135,37 @@ def show_run(out: Console, run: Run, folder: Path, details: bool = False) -> Non
             out.print(f"{name + ':':<10}{path}", markup=False, soft_wrap=True)
 
 
-def gains_table(readings: list[Reading], details: bool = False) -> Table:
-    """Original against compressed, a row for each figure and condition; `details` adds tails and derived figures."""
-    table = Table("axis", "figure", "original", "compressed", "change")
-    for column in table.columns[2:]:
+def gains_table(run: Run, details: bool = False) -> Table:
+    """Original against compressed, a row for each figure and condition; `details` adds the tails and the intervals."""
+    table = Table("", "original", "compressed", "change", padding=(0, 2))
+    for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    axis = ""
-    for pair in pairs(readings):
-        one = next(iter(pair.values()))
-        if one.name in DETAILS and not details:
-            continue
-        cells = [figure(pair[subject]) if subject in pair else "" for subject in ("original", "compressed")]
-        table.add_row(one.axis if one.axis != axis else "", escape(label(one)), *cells, change(pair))
-        axis = one.axis
+    for row in compare.rows(run.readings, run.metric["name"], run.metric["higher_is_better"]):
+        if details or row.name not in DETAILS:
+            cells = [figure(reading, details) for reading in (row.original, row.compressed)]
+            colour = COLOURS.get(row.direction)
+            table.add_row(heading(row), *cells, f"[{colour}]{escape(row.change)}[/]" if colour else escape(row.change))
     return table
 
 
-def pairs(readings: list[Reading]) -> list[dict[str, Reading]]:
-    """The readings of the same figure under the same conditions together, by subject, in order."""
-    found: dict[tuple[Any, ...], dict[str, Reading]] = {}
-    for reading in readings:
-        found.setdefault((reading.axis, reading.name, *sorted(reading.conditions.items())), {})[reading.subject] = (
-            reading
-        )
-    return list(found.values())
+def heading(row: compare.Row) -> str:
+    """What a row shows, with the conditions that tell rows apart, and a mark where the figure was not measured."""
+    words = [text.label(row.name), *([row.conditions] if row.axis == "latency" else [])]
+    if row.axis == "accuracy":
+        words += [row.joined("split"), f"n = {row.joined('n')}"]
+    if "modelled" in row.joined("kind"):
+        words.append("modelled")
+    return escape(", ".join(words))
 
 
-def label(reading: Reading) -> str:
-    """The name of a figure with its conditions, and with its split where there is one."""
-    conditions = [f"{key} {value}" for key, value in reading.conditions.items() if reading.axis != "accuracy"]
-    parts = [
-        *conditions,
-        *([reading.split] if reading.split else []),
-        *(["modelled"] if reading.kind == "modelled" else []),
-    ]
-    return f"{reading.name} ({', '.join(parts)})" if parts else reading.name
-
-
-def figure(reading: Reading) -> str:
-    """A value with its unit, and with its 95% interval where it has one."""
-    spread = (
-        f" ({number(reading.low)} to {number(reading.high)})"
-        if reading.low is not None and reading.high is not None
-        else ""
-    )
-    return f"{number(reading.value)} {reading.unit}".rstrip() + spread
-
-
-def number(value: float) -> str:
-    """Whole numbers in full, others to four digits."""
-    return f"{int(value):,}" if float(value).is_integer() else f"{value:,.4g}"
-
-
-def change(pair: dict[str, Reading]) -> str:
-    """How the compressed figure stands to the original's: a ratio in words, a difference for accuracies, or nothing."""
-    if len(pair) < 2:
+def figure(reading: Reading | None, details: bool = False) -> str:
+    """A value with its unit, and in detail with its 95% interval; empty where there is none."""
+    if reading is None:
         return ""
-    original, compressed = pair["original"], pair["compressed"]
-    if original.axis not in BETTER_AND_WORSE:
-        return f"{compressed.value - original.value:+,.4g} {original.unit}".rstrip()
-    if original.value <= 0 or compressed.value <= 0:
-        return ""
-    ratio = original.value / compressed.value
-    ratio = 1 / ratio if original.name in MORE_IS_BETTER else ratio
-    better, worse = BETTER_AND_WORSE[original.axis]
-    colour, times, word = ("green", ratio, better) if ratio >= 1 else ("red", 1 / ratio, worse)
-    return f"[{colour}]{times:.2f}x {word}[/]" if f"{times:.2f}" != "1.00" else "same"
+    value = text.amount(reading.value, reading.unit)
+    if details and reading.low is not None and reading.high is not None:
+        value += f" ({text.interval(reading.low, reading.high, reading.unit)})"
+    return escape(value)
 
 
 def show_catalog(out: Console, entries: list[dict[str, Any]]) -> None:
@@ -212,6 +181,8 @@ def show_catalog(out: Console, entries: list[dict[str, Any]]) -> None:
                 f"  [yellow]not installed:[/] {', '.join(entry['missing'])}; run: {escape(entry['install'])}",
                 soft_wrap=True,
             )
+        if entry.get("unset"):
+            out.print(f"  [yellow]not set:[/] the environment variable {', '.join(entry['unset'])}", soft_wrap=True)
         if entry.get("settings"):
             out.print(settings_table(entry["settings"]))
 

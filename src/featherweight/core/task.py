@@ -254,14 +254,29 @@ def bind(model: nn.Module, given: Any) -> dict[str, Tensor]:
 
 
 # -- finding tasks by name ----------------------------------------------------------------------------------------
-zoo: dict[str, Callable[[], Task]] = {}
+@dataclass(frozen=True)
+class ReadyMade:
+    """A function that gives a ready-made task, with the environment variables and the packages that it needs."""
+
+    function: Callable[[], Task]
+    variables: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    extra: str = "zoo"
+
+    def __call__(self) -> Task:
+        return self.function()
 
 
-def ready_made(name: str) -> Callable[[Callable[[], Task]], Callable[[], Task]]:
-    """Register a function that gives a ready-made task as `zoo:NAME`."""
+zoo: dict[str, ReadyMade] = {}
+
+
+def ready_made(
+    name: str, variables: tuple[str, ...] = (), packages: tuple[str, ...] = ()
+) -> Callable[[Callable[[], Task]], Callable[[], Task]]:
+    """Register a function that gives a ready-made task as `zoo:NAME`, and say what it needs to be there."""
 
     def register(function: Callable[[], Task]) -> Callable[[], Task]:
-        zoo[name] = function
+        zoo[name] = ReadyMade(function, variables, packages)
         return function
 
     return register
