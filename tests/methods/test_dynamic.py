@@ -8,16 +8,18 @@ from small_tasks import Transformer, accuracy, conv_task, digits, one_thread, tr
 from torch import nn
 from torch.nn.utils import parametrize
 
-from featherweight.core.context import Context, run_step
+from featherweight.core.context import Context, fingerprint, run_step
 from featherweight.core.encoding import Affine
 from featherweight.core.errors import NoEffect, RecipeError
+from featherweight.core.evaluate import torch_figure
 from featherweight.core.recipe import Recipe
 from featherweight.core.soft import Mask, encodings, fold
 from featherweight.core.step import step
-from featherweight.core.task import Task
+from featherweight.core.task import Task, find_task
 from featherweight.methods.quantize.arithmetic import scale_by_error, scale_by_max
 from featherweight.model.port import dynamic_quantize
 from featherweight.model.ported import PortedLinear
+from featherweight.model.skeleton import load, save
 
 CPU = torch.device("cpu")
 
@@ -159,6 +161,36 @@ def test_a_layer_used_twice_is_changed_once():
     model, record = quantized(task)
     assert set(record.changed) == {"1", "4"} and model[1] is model[3]
     assert len(model[1].parametrizations.weight) == 1
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(17, 12), nn.Linear(12, 17, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.embed((x * 16).long()).mean((1, 2)))
+
+
+def test_a_weight_shared_with_an_embedding_is_stored_twice_and_said_so():
+    task = picture_task(Tied())
+    model, record = quantized(task)
+    assert record.warnings == [
+        "head shares its weight with embed.weight, which keeps floats: the weight is now stored twice"
+    ]
+    assert torch.equal(model.embed.weight, task.original.embed.weight)
+    assert model.head.parametrizations.weight.original is model.embed.weight
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_a_real_keyword_transformer_keeps_its_accuracy_and_comes_back(tmp_path):
+    task = find_task("zoo:kws-kwt1")
+    model, record = quantized(task)
+    assert len(record.changed) == 74 and torch_figure(task, model) > torch_figure(task) - 0.5
+    save(model, tmp_path / "model")
+    assert fingerprint(load(tmp_path / "model", task.original)) == fingerprint(model)
 
 
 def test_gradients_pass_through_ports_and_grids():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...core.context import Context
@@ -43,6 +43,8 @@ class DynamicQuantization(LayerStep, kind="quantize.dynamic"):
             if reason:
                 ctx.leave(name, reason)
                 continue
+            for other in sharers(model, layer.weight, name):
+                ctx.warn(f"{name} shares its weight with {other}, which keeps floats: the weight is now stored twice")
             scale = scale_by_max(layer.weight, 0) if self.weights == "max" else scale_by_error(layer.weight, 0)
             parametrize.register_parametrization(layer, "weight", Rounding(scale, axis=0))
             add_port(layer)
@@ -62,6 +64,12 @@ def obstacle(layer: nn.Linear, called: bool, stored: Encoding | None) -> str:
     if kind is not nn.Linear:
         return f"is a {kind.__name__}, which may compute otherwise than nn.Linear"
     return ""
+
+
+def sharers(model: nn.Module, weight: Tensor, owner: str) -> list[str]:
+    """The names of the parameters of other layers than `owner` that are the same tensor as `weight`."""
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if parameter is weight and name.rpartition(".")[0] != owner]
 
 
 @torch.no_grad()
