@@ -98,9 +98,10 @@ def modelled(work: Work, input_bytes: int) -> Estimate:
     """Millijoules of one inference at batch 1 by the 45 nm table; low and high are the ends of its range for DRAM.
 
     A float multiply-accumulate is a float32 multiply and a float32 addition; an integer one an int8 multiply and an
-    int32 addition. Every stored weight byte comes from DRAM once. Every byte of activations that a product reads (where
-    the target cannot tell them: of the model's input) was written to and is read from a cache of 1 MB once. What
-    control, addressing and other operations cost is left out, so only ratios should be relied on.
+    int32 addition. Every stored weight byte comes from DRAM once (so do tables of which a few rows are used). Every
+    byte of activations that a product reads (where the target cannot tell them: of the model's input) was written to
+    and is read from a cache of 1 MB once. What control, addressing and other operations cost is left out, so only
+    ratios should be relied on.
     """
     floats = (work.macs - work.integer_macs) * (PICOJOULES["float32 multiply"] + PICOJOULES["float32 add"])
     integers = work.integer_macs * (PICOJOULES["int8 multiply"] + PICOJOULES["int32 add"])
