@@ -29,10 +29,19 @@ def doomed(coupling: Coupling, cut: Cut) -> dict[Place, Indices]:
 def silence(model: nn.Module, coupling: Coupling, cut: Cut) -> nn.Module:
     """Set to zero, in place, every slice of every parameter that belongs to a unit of `cut`."""
     held = tensors(model)
+    zeroed: dict[str, Tensor] = {}
     for (name, dim), indices in doomed(coupling, cut).items():
         if name in coupling.parameters:
-            held[name].index_fill_(dim, torch.as_tensor(indices, device=held[name].device), 0)
+            tensor = zeroed.get(name, held[name])
+            zeroed[name] = tensor.index_fill(dim, torch.as_tensor(indices, device=tensor.device), 0)
+    for name, tensor in zeroed.items():
+        _exchange(model, held[name], tensor)
     return model
+
+
+def shell(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares its tensors: those of the copy may be exchanged, not changed."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors(model).values()})
 
 
 @torch.no_grad()
@@ -145,10 +154,10 @@ def disagreement(
     Outputs of copies of `model` are compared, in evaluation mode, by root mean square of the difference over that of
     the outputs.
     """
-    silent = silence(copy.deepcopy(model), coupling, cut).eval()
+    silent = silence(shell(model), coupling, cut).eval()
     want = named_outputs(silent(**{name: tensor.clone() for name, tensor in example.items()}))[1]
     try:
-        smaller = remove(copy.deepcopy(model), coupling, cut).eval()
+        smaller = remove(shell(model), coupling, cut).eval()
         got = named_outputs(smaller(**{name: tensor.clone() for name, tensor in example.items()}))[1]
     except Exception as error:  # the user's own code runs here, and may raise anything on sizes that it does not expect
         brief = next(iter(str(error).strip().splitlines()), type(error).__name__)
