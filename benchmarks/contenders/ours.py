@@ -11,7 +11,8 @@ from ..contender import Material, contender
 
 
 def applied(material: Material, recipe: Recipe) -> Path:
-    result = api.apply(material.task, recipe, material.original.target, out=material.folder / "run", seed=material.seed)
+    out, runtime = material.folder / "run", material.original.target
+    result = api.apply(material.task, recipe, runtime, out=out, seed=material.seed, axes=["size"])
     return Path(result.artifact.file)
 
 
