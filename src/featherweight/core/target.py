@@ -103,8 +103,10 @@ class Artifact:
         return target(settings.pop("name"), **settings)
 
     def bytes(self) -> int:
-        """Size of what must be shipped to run it: the runtime's file or folder."""
-        return folder_size(self.file) if self.file.is_dir() else self.file.stat().st_size
+        """Size of what must be shipped to run it: the runtime's file (with what lies beside it under its name) or folder."""
+        if self.file.is_dir():
+            return folder_size(self.file)
+        return self.file.stat().st_size + sum(file.stat().st_size for file in self.folder.glob(f"{self.file.name}.*"))
 
     def verify(self) -> None:
         """Compare every file with its digest; raise `ArtifactError` that names the first that differs or is missing."""

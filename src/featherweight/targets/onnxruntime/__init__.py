@@ -23,8 +23,8 @@ LARGEST_MESSAGE = 2**31 - 2**20  # a protobuf message ends below 2 GiB; larger w
 class OnnxRuntime(Target, name="onnxruntime"):
     """Write an ONNX file (QDQ: integers with DequantizeLinear) and run it with ONNX Runtime.
 
-    `activations` is the form of 8-bit activations: "auto" takes what the kernels of this processor are made for (uint8 on x86, else int8).
-    `opset` is the version of the operators; `device` where the file is run.
+    `activations` is the form of 8-bit activations: "auto" takes what the kernels of this processor are made for (uint8
+    on x86, else int8). `opset` is the version of the operators; `device` where the file is run.
     """
 
     file: ClassVar[str] = "model.onnx"
@@ -36,7 +36,14 @@ class OnnxRuntime(Target, name="onnxruntime"):
     opset: Annotated[int, Field(ge=21, le=22)] = 21
     device: Literal["cpu", "cuda"] = "cpu"
 
-    def write(self, plain: nn.Module, stored: dict[str, Encoding], example: dict[str, Tensor], free: dict[str, dict[int, str]], path: Path) -> None:
+    def write(
+        self,
+        plain: nn.Module,
+        stored: dict[str, Encoding],
+        example: dict[str, Tensor],
+        free: dict[str, dict[int, str]],
+        path: Path,
+    ) -> None:
         from .floats import float_graph, save
         from .lower import lower
 
@@ -53,7 +60,9 @@ class OnnxRuntime(Target, name="onnxruntime"):
         if threads > 1:  # spinning threads take the processor from each other on a busy machine
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=self._providers(onnxruntime.get_available_providers()))
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=self._providers(onnxruntime.get_available_providers())
+            )
         except Exception as error:  # onnxruntime's errors share no base class
             reason = " ".join(str(error).split())[:200]
             raise ArtifactError(f"ONNX Runtime cannot load {path}: {reason}; export it again") from error

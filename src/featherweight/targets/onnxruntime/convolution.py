@@ -6,25 +6,37 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .activations import per_tensor
-from .edit import Editor, array, made_by, only_user, rank, setting
+from .edit import (
+    Editor,
+    Grid,
+    StoredWeight,
+    array,
+    first,
+    made_by,
+    only_user,
+    operand,
+    quantized_activation,
+    rank,
+    setting,
+    stored_weight,
+)
 
 if TYPE_CHECKING:
     from onnxscript import ir
 
-CHANNELS = 4  # the packed convolution kernels of x86 take input channels by fours, and at least 16 output channels
-LEAST_OUT = 16
+CHANNELS = 4  # the packed convolution kernels of x86 take input channels by fours,
+LEAST_OUT = 16  # and at least this many output channels
 
 
 def pool_means(edit: Editor) -> None:
     """Turn a mean over height and width of a quantized value into GlobalAveragePool, which has an integer kernel."""
     for node in list(edit.graph):
-        if node.op_type != "ReduceMean" or not made_by(node.inputs[0], "DequantizeLinear") or rank(node.inputs[0]) != 4:
+        if node.op_type != "ReduceMean" or not made_by(first(node), "DequantizeLinear") or rank(first(node)) != 4:
             continue
-        axes = array(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = array(operand(node, 1))
         if axes is None or {int(axis) % 4 for axis in axes} != {2, 3}:
             continue
-        pooled = edit.insert(node, "GlobalAveragePool", [node.inputs[0]])
+        pooled = edit.insert(node, "GlobalAveragePool", [first(node)])
         if not setting(node, "keepdims", 1):
             pooled = edit.insert(node, "Squeeze", [pooled, edit.constant(np.array([2, 3], dtype=np.int64))])
         edit.take_over(node.outputs[0], pooled)
@@ -33,73 +45,80 @@ def pool_means(edit: Editor) -> None:
 def merge_slices(edit: Editor) -> None:
     """Turn a slice of a slice along other dimensions into one slice."""
     for node in list(edit.graph):
-        before = made_by(node.inputs[0], "Slice") if node.op_type == "Slice" else None
-        if before is None or only_user(before.outputs[0]) is not node or len(before.inputs) < 4 or len(node.inputs) < 4:
+        before = made_by(first(node), "Slice") if node.op_type == "Slice" else None
+        if before is None or only_user(before.outputs[0]) is not node:
             continue
-        parts = [[array(value) for value in each.inputs[1:5]] for each in (before, node)]
-        if any(part is None for each in parts for part in each) or set(parts[0][2]) & set(parts[1][2]):  # type: ignore[arg-type]
+        parts = [_slice_of(each) for each in (before, node)]
+        inner, outer = parts
+        if inner is None or outer is None or set(inner[2]) & set(outer[2]) or min(*inner[2], *outer[2]) < 0:
             continue
-        if any((axes < 0).any() for axes in (parts[0][2], parts[1][2])):  # type: ignore[operator]
-            continue
-        for each in parts:
-            each.extend([np.ones(len(each[0]), np.int64)] * (4 - len(each)))  # type: ignore[arg-type]
-        joined = [edit.constant(np.concatenate([a, b])) for a, b in zip(*parts)]  # type: ignore[list-item]
-        edit.take_over(node.outputs[0], edit.insert(node, "Slice", [before.inputs[0], *joined]))
+        joined = [edit.constant(np.array([*a, *b], dtype=np.int64)) for a, b in zip(inner, outer)]
+        edit.take_over(node.outputs[0], edit.insert(node, "Slice", [first(before), *joined]))
 
 
+def _slice_of(node: ir.Node) -> list[list[int]] | None:
+    """Starts, ends, axes and steps of a Slice; None if they are computed at run time or the axes are not said."""
+    parts = [array(operand(node, place)) for place in range(1, 5)]
+    if any(part is None for part in parts[:3]) or (parts[3] is None and operand(node, 4) is not None):
+        return None
+    lists = [part.tolist() for part in parts if part is not None]
+    return lists if len(lists) == 4 else [*lists, [1] * len(lists[0])]
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
 def absorb_padding(edit: Editor) -> None:
     """Let a quantized convolution pad height and width itself where a Pad in front of it fills in zeros."""
     for node in list(edit.graph):
-        given = made_by(node.inputs[0], "DequantizeLinear") if node.op_type == "Conv" else None
-        pad = None if given is None else made_by(given.inputs[0], "Pad")
-        if given is None or pad is None or not per_tensor(given) or only_user(given.outputs[0]) is not node:
+        found = quantized_activation(first(node)) if node.op_type == "Conv" else None
+        pad = None if found is None else made_by(first(found[0]), "Pad")
+        if found is None or pad is None or only_user(found[0].outputs[0]) is not node:
             continue
-        amounts = _zero_padding(pad, given)
+        amounts = _zero_padding(pad, found[1])
         if amounts is None or setting(node, "auto_pad", "NOTSET") != "NOTSET":
             continue
         dims = len(amounts) // 2
-        begin, end = amounts[2:dims], amounts[dims + 2 :]
-        if any(amounts[place] for place in (0, 1, dims, dims + 1)) or min(*begin, *end) < 0:
+        spatial = [*amounts[2:dims], *amounts[dims + 2 :]]
+        if any(amounts[place] for place in (0, 1, dims, dims + 1)) or min(spatial) < 0:
             continue
-        old = setting(node, "pads", [0] * (2 * len(begin)))
-        edit.set(node, "pads", [int(a) + int(b) for a, b in zip(old, [*begin, *end])])
-        source = edit.insert(node, "DequantizeLinear", [pad.inputs[0], *given.inputs[1:]])
-        edit.take_over(given.outputs[0], source)
+        old = setting(node, "pads", [0] * len(spatial))
+        edit.set(node, "pads", [int(a) + int(b) for a, b in zip(old, spatial)])
+        edit.take_over(first(node), edit.insert(node, "DequantizeLinear", [first(pad), *found[0].inputs[1:]]))
 
 
-def _zero_padding(pad: ir.Node, given: ir.Node) -> list[int] | None:
-    """How much a Pad adds, if it fills in what `given` reads as zero, along all dimensions in order."""
-    amounts = array(pad.inputs[1])
-    value = array(pad.inputs[2]) if len(pad.inputs) > 2 else None
-    zero = array(given.inputs[2]) if len(given.inputs) > 2 else None
-    if amounts is None or setting(pad, "mode", "constant") != "constant" or len(pad.inputs) > 3 and pad.inputs[3] is not None:
+def _zero_padding(pad: ir.Node, found: Grid) -> list[int] | None:
+    """How much a Pad adds, if it fills in what stands for zero on this grid, along all dimensions in order."""
+    amounts, value = array(operand(pad, 1)), array(operand(pad, 2))
+    if amounts is None or setting(pad, "mode", "constant") != "constant" or operand(pad, 3) is not None:
         return None
-    return amounts.tolist() if int(0 if value is None else value) == int(0 if zero is None else zero) else None
+    return amounts.tolist() if int(0 if value is None else value) == int(found.zero) else None
 
 
 def pad_channels(edit: Editor) -> None:
-    """Add empty input channels to convolutions whose number of them is no multiple of four, so that a packed kernel can take them.
+    """Add empty input channels where their number is no multiple of four, so that a packed kernel takes the
+    convolution.
 
     The stored weights stay as they are; ONNX Runtime pads them once, when it loads.
     """
     for node in list(edit.graph):
         if node.op_type != "Conv" or setting(node, "group", 1) != 1:
             continue
-        given, weight = (made_by(value, "DequantizeLinear") for value in node.inputs[:2])
-        shape = weight.inputs[0].shape if weight is not None else None  # type: ignore[union-attr]
-        if given is None or weight is None or shape is None or not per_tensor(given) or array(weight.inputs[0]) is None:
+        found, weight = quantized_activation(first(node)), stored_weight(operand(node, 1))
+        if found is None or weight is None or weight.per_channel not in (None, 0):
             continue
-        outputs, channels = int(shape[0]), int(shape[1])  # type: ignore[arg-type]
-        if channels % CHANNELS and outputs >= LEAST_OUT and outputs % CHANNELS == 0 and setting(weight, "axis", 0) == 0:
-            _pad_channels(edit, node, given, weight, -channels % CHANNELS)
+        outputs, channels = weight.integers.shape[:2]
+        if channels % CHANNELS and outputs >= LEAST_OUT and outputs % CHANNELS == 0 and not weight.grid.zero.any():
+            _pad_channels(edit, node, found, weight)
 
 
-def _pad_channels(edit: Editor, node: ir.Node, given: ir.Node, weight: ir.Node, missing: int) -> None:
-    dims = len(weight.inputs[0].shape)  # type: ignore[union-attr,arg-type]
-    amounts = edit.constant(np.array([0] * (dims + 1) + [missing] + [0] * (dims - 2), dtype=np.int64))
-    wider = edit.insert(node, "Pad", [given.inputs[0], amounts, *given.inputs[2:3]])
+def _pad_channels(edit: Editor, node: ir.Node, found: tuple[ir.Node, Grid], weight: StoredWeight) -> None:
+    shape = weight.integers.shape
+    amounts = np.zeros(2 * len(shape), dtype=np.int64)
+    amounts[len(shape) + 1] = -shape[1] % CHANNELS
+    given = found[0]
+    wider = edit.insert(node, "Pad", [first(given), edit.constant(amounts), edit.constant(found[1].zero)])
     node.replace_input_with(0, edit.insert(node, "DequantizeLinear", [wider, *given.inputs[1:]]))
-    filled = edit.insert(node, "Pad", [weight.inputs[0], amounts])
-    node.replace_input_with(1, edit.insert(node, "DequantizeLinear", [filled, *weight.inputs[1:]], **({"axis": 0} if "axis" in weight.attributes else {})))
+    filled = edit.insert(node, "Pad", [weight.value, edit.constant(amounts)])
+    axis = {} if weight.grid.axis is None else {"axis": 0}
+    node.replace_input_with(1, edit.insert(node, "DequantizeLinear", [filled, *weight.node.inputs[1:]], **axis))
     edit.prune(given)
-    edit.prune(weight)
+    edit.prune(weight.node)

@@ -10,37 +10,48 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from featherweight.core.errors import ArtifactError, OutputError
-from featherweight.model.graph import Free, capture
 
 if TYPE_CHECKING:
     from onnxscript import ir
+    from torch import Tensor, nn
+
+    from featherweight.model.graph import Free
 
 
 def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset: int, keep: set[str]) -> ir.Model:
-    """`model` as ONNX operators on floats, optimized; no operation on a parameter is computed ahead, so that its name survives.
+    """`model` as ONNX operators on floats, optimized; no operation on a parameter is computed ahead, so that its name
+    survives.
 
-    The weights in `keep` are left exactly as they are: nothing is folded into them. Raises `ArtifactError` if an operator of the model has
-    no translation.
+    The weights in `keep` are left exactly as they are: nothing is folded into them. Raises `ArtifactError` if an
+    operator of the model has no translation.
     """
-    from onnxscript.optimizer import optimize_ir
+    import torch
+
+    from featherweight.model.graph import capture
+
+    from .simplify import simplify
 
     program = capture(model, example, free)
     parameters = {name for name, _ in model.named_parameters()}
     with quiet():
         try:
             exported = torch.onnx.export(
-                program, (), kwargs=example, dynamo=True, optimize=False, verbose=False, opset_version=opset, custom_translation_table=_translations()
+                program,
+                (),
+                kwargs=example,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=opset,
+                custom_translation_table=_translations(),
             )
         except torch.onnx.OnnxExporterError as error:
             raise ArtifactError(f"the model cannot be written as ONNX: {_reason(error)}") from error
         assert exported is not None
         made = exported.model
         with _hidden(made.graph, keep):
-            optimize_ir(made, should_fold=lambda node: _may_fold(node, parameters))
+            simplify(made, lambda node: _may_fold(node, parameters))
     return made
 
 
@@ -48,11 +59,15 @@ def save(model: ir.Model, path: Path, largest: int) -> None:
     """Write the model as one file; weights go to a file beside it if together they are larger than `largest` bytes."""
     from onnxscript import ir
 
-    total = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    total = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
     try:
         ir.save(model, path, external_data=f"{path.name}.data" if total > largest else None)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
 
 
 def _may_fold(node: ir.Node, parameters: set[str]) -> bool | None:
@@ -80,6 +95,7 @@ def _hidden(graph: ir.Graph, names: set[str]) -> Iterator[None]:
 
 def _translations() -> dict[Any, Any]:
     """How our own operators read in ONNX: dynamic quantization is DynamicQuantizeLinear and back."""
+    import torch
     from onnxscript import opset18 as op
 
     import featherweight.model.port  # noqa: F401  registers the operator
@@ -97,7 +113,11 @@ def quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,4 +1,6 @@
-"""From an ONNX graph of floats to the one that is deployed: integers where they are stored, and in the form that integer kernels need."""
+"""From an ONNX graph of floats to the one that is deployed: integers where they are stored, and in the form that
+integer kernels need.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def lower(model: ir.Model, stored: dict[str, Encoding], parameters: set[str], signed: bool = False) -> None:
-    """Store the weights named in `stored` as asked, arrange quantized activations for integer kernels, and drop what the file does not need.
+    """Store the weights named in `stored` as asked, arrange quantized activations for integer kernels, and drop what
+    the file does not need.
 
-    `parameters` are the torch names of all weights; they stay the names of their initializers. `signed` asks for int8 activations.
+    `parameters` are the torch names of all weights; they stay the names of their initializers. `signed` asks for int8
+    activations.
     """
     edit = Editor(model.graph)
     place(edit, stored, parameters)

@@ -1,4 +1,6 @@
-"""What an ONNX file holds and computes, and how ONNX Runtime runs it: read off the file and off the graph that the runtime makes of it."""
+"""What an ONNX file holds and computes, and how ONNX Runtime runs it: read off the file and off the graph that the
+runtime makes of it.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,32 @@ if TYPE_CHECKING:
 
 PRODUCTS = frozenset({"Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "LSTM", "GRU", "RNN"})
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # their third operand is a bias
-FLOAT_KERNELS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention"})
+FLOAT_KERNELS = frozenset(
+    {
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "MatMul",
+        "FusedConv",
+        "FusedGemm",
+        "FusedMatMul",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Attention",
+        "MultiHeadAttention",
+    }
+)
 NODE = "node"
-INTEGER_MARKS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention")
+INTEGER_MARKS = (
+    "QLinear",
+    "QGemm",
+    "MatMulInteger",
+    "ConvInteger",
+    "DynamicQuantizeMatMul",
+    "DynamicQuantizeLSTM",
+    "QAttention",
+)
 
 
 def read(path: Path, data: bool = False) -> onnx.ModelProto:
@@ -37,7 +62,9 @@ def read(path: Path, data: bool = False) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path), load_external_data=data)
     except (DecodeError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged and cannot be read as ONNX ({' '.join(str(error).split())[:100]}); export it again") from error
+        raise ArtifactError(
+            f"{path} is damaged and cannot be read as ONNX ({' '.join(str(error).split())[:100]}); export it again"
+        ) from error
     if not model.graph.node and not model.graph.output:
         raise ArtifactError(f"{path} holds no ONNX graph; export it again")
     return model
@@ -47,7 +74,7 @@ def numpy_name(kind: int) -> str:
     """The name of an ONNX tensor type as numpy has it: "float32", "int8", "int4"."""
     import onnx
 
-    name = onnx.TensorProto.DataType.Name(kind).lower()  # type: ignore[arg-type]
+    name = onnx.TensorProto.DataType.Name(kind).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
@@ -123,7 +150,10 @@ def macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
 
 def _origins(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     """For every value that follows from constants alone: the weights that it is made of."""
-    found = {tensor.name: tuple(weights_in(tensor.name)) if not tensor.name.startswith(MADE) else () for tensor in model.graph.initializer}
+    found = {
+        tensor.name: tuple(weights_in(tensor.name)) if not tensor.name.startswith(MADE) else ()
+        for tensor in model.graph.initializer
+    }
     for node in model.graph.node:
         if node.op_type == "Constant" or (node.input and all(name in found for name in node.input if name)):
             names = tuple(dict.fromkeys(weight for name in node.input if name for weight in found[name]))
@@ -134,14 +164,22 @@ def _origins(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 def run_shapes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     """Shapes of all operands of products, seen in a run of one input (the first, where the first dimension is free)."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    asked = {name for node in model.graph.node if node.op_type in PRODUCTS for name in (*node.input[:3], node.output[0]) if name}
+    asked = {
+        name
+        for node in model.graph.node
+        if node.op_type in PRODUCTS
+        for name in (*node.input[:3], node.output[0])
+        if name
+    }
     with _written(model, path) as file:
         results = _results(file, asked - set(shapes), example)
     return shapes | {name: result.shape for name, result in results.items()}
 
 
 def result_bytes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarray]) -> int:
-    """Bytes of all that the operations give in one run of one input, each result once, in the graph that the runtime makes of it."""
+    """Bytes of all that the operations give in one run of one input, each result once, in the graph that the runtime
+    makes of it.
+    """
     with _optimized(model, path) as file:
         graph = read(file).graph
         inputs = {value.name for value in graph.input}
@@ -154,7 +192,9 @@ def _results(file: Path, asked: set[str], example: dict[str, np.ndarray]) -> dic
     import onnx
 
     model = read(file)
-    given = {value.name: example[value.name][:1] if _free(value) else example[value.name] for value in model.graph.input}
+    given = {
+        value.name: example[value.name][:1] if _free(value) else example[value.name] for value in model.graph.input
+    }
     present = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(asked - present - set(given)))
     names = [value.name for value in model.graph.output]
@@ -178,7 +218,7 @@ def _written(model: onnx.ModelProto, path: Path) -> Iterator[Path]:
 
 
 def _session(file: Path, optimized: Path | None = None) -> Any:
-    """A session that runs the graph as it is, or, if `optimized` is given, writes there what ONNX Runtime makes of it."""
+    """A session that runs the graph as it is, or one that writes to `optimized` what ONNX Runtime makes of it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -202,7 +242,9 @@ def _optimized(model: onnx.ModelProto, path: Path) -> Iterator[Path]:
 
 
 def optimized(model: onnx.ModelProto, path: Path) -> onnx.GraphProto:
-    """The graph that ONNX Runtime runs on this processor for `model`, whose external data lie beside `path`; weights are left out."""
+    """The graph that ONNX Runtime runs on this processor for `model`, whose external data lie beside `path`; weights
+    are left out.
+    """
     with _optimized(model, path) as file:
         return read(file).graph
 
@@ -216,12 +258,18 @@ def kernels(graph: onnx.GraphProto) -> tuple[dict[str, int], dict[str, int]]:
     """How many integer kernels of each kind there are, and how many products in floats."""
     count = Counter(node.op_type for node in graph.node)
     integer = {kind: number for kind, number in sorted(count.items()) if is_integer_kernel(kind)}
-    floats = {kind: number for kind, number in sorted(count.items()) if kind in FLOAT_KERNELS or kind.startswith("MatMulNBits")}
+    floats = {
+        kind: number
+        for kind, number in sorted(count.items())
+        if kind in FLOAT_KERNELS or kind.startswith("MatMulNBits")
+    }
     return integer, floats
 
 
 def integer_products(found: list[Product], graph: onnx.GraphProto) -> set[str]:
-    """Names of those products that integer kernels compute: kernels whose name begins with the node's, or that read its weight as stored."""
+    """Names of those products that integer kernels compute: kernels whose name begins with the node's, or that read its
+    weight as stored.
+    """
     kernels = [node for node in graph.node if is_integer_kernel(node.op_type)]
     names = {match.group() for node in kernels if (match := re.match(NODE + r"\d+", node.name))}
     read = {name for node in kernels for value in node.input if value for name in weights_in(value)}

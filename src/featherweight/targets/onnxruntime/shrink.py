@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from .edit import MADE, array
+from .edit import MADE, array, rank
 
 if TYPE_CHECKING:
     from onnxscript import ir
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-DEFAULTS = {  # what an operator does when the attribute is absent
+WINDOWS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool")
+DEFAULTS: dict[tuple[str, str], Any] = {  # what an operator does when the attribute is absent
     ("Conv", "auto_pad"): "NOTSET",
     ("Conv", "group"): 1,
     ("Gemm", "alpha"): 1.0,
@@ -35,7 +37,9 @@ DEFAULTS = {  # what an operator does when the attribute is absent
 
 
 def shrink(model: ir.Model, weights: set[str]) -> None:
-    """Shorten the names of everything but inputs, outputs and `weights`; drop notes, inferred shapes and attributes that say the default."""
+    """Shorten the names of everything but inputs, outputs and `weights`; drop notes, inferred shapes and attributes
+    that say the default.
+    """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOpsetsPass
 
     ClearMetadataAndDocStringPass()(model)
@@ -64,26 +68,26 @@ def _merge_constants(graph: ir.Graph, weights: set[str]) -> None:
 def _drop_defaults(graph: ir.Graph) -> None:
     for node in graph.all_nodes():
         for name, attribute in list(node.attributes.items()):
-            if attribute.is_ref() or (node.op_type, name) not in DEFAULTS and not _says_nothing(node, name, attribute.value):
-                continue
-            if (node.op_type, name) not in DEFAULTS or DEFAULTS[node.op_type, name] == attribute.value:
+            if not attribute.is_ref() and _says_nothing(node, name, attribute.value):
                 del node.attributes[name]
 
 
-def _says_nothing(node: ir.Node, name: str, value: object) -> bool:
-    """Whether an attribute of a convolution or pooling only repeats what is known without it."""
+def _says_nothing(node: ir.Node, name: str, value: Any) -> bool:
+    """Whether an attribute only says what holds without it."""
+    if (node.op_type, name) in DEFAULTS:
+        return DEFAULTS[node.op_type, name] == value
     if node.op_type in ("QuantizeLinear", "DequantizeLinear") and name == "axis":
-        scale = node.inputs[1]
-        return scale is not None and scale.shape is not None and len(scale.shape) == 0
+        return rank(node.inputs[1]) == 0
     if node.op_type in ("Conv", "ConvTranspose") and name == "kernel_shape":
         return True
-    if name in ("dilations", "strides") and node.op_type in ("Conv", "ConvTranspose", "MaxPool", "AveragePool"):
-        return set(value) == {1}  # type: ignore[call-overload]
-    return name == "pads" and node.op_type in ("Conv", "ConvTranspose", "MaxPool", "AveragePool") and set(value) == {0}  # type: ignore[call-overload]
+    if node.op_type in WINDOWS and name in ("dilations", "strides", "pads"):
+        return set(value) == {0 if name == "pads" else 1}
+    return False
 
 
-def _short() -> itertools.chain[str]:
-    return itertools.chain.from_iterable(map("".join, itertools.product(LETTERS, repeat=length)) for length in itertools.count(1))  # type: ignore[arg-type]
+def _short() -> Iterator[str]:
+    for length in itertools.count(1):
+        yield from map("".join, itertools.product(LETTERS, repeat=length))
 
 
 def _rename(graph: ir.Graph, weights: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,12 +22,19 @@ BETWEEN, PART = "|", ":"  # an initializer "a|b" holds the weights a and b; "a:0
 
 @dataclass(frozen=True)
 class Form:
-    """One weight as arrays of its own shape: floats, or integers with scale and zero point; and the names of the weights that it holds."""
+    """One weight as arrays of its own shape: floats, or integers with scale and zero point; and the names of the
+    weights that it holds.
+    """
 
     values: np.ndarray
     scale: np.ndarray | None
     zero: np.ndarray | None
     names: tuple[str, ...]
+
+    @property
+    def storable(self) -> bool:
+        """Whether one scale, or one per channel, says it all."""
+        return self.scale is None or self.zero is None or len(varying(self.scale, self.zero)) <= 1
 
     @property
     def parts(self) -> list[np.ndarray]:
@@ -40,16 +47,24 @@ def weights_in(name: str) -> list[str]:
 
 
 def place(edit: Editor, stored: dict[str, Encoding], parameters: set[str]) -> None:
-    """Swap the initializers named in `stored` for integers with DequantizeLinear, and lay out every weight as the graph reads it.
+    """Swap the initializers named in `stored` for integers with DequantizeLinear, and lay out every weight as the graph
+    reads it.
 
-    Transpositions, slices and concatenations of weights are carried out on what is stored, wherever that stores nothing twice.
-    Raises `ArtifactError` if the graph holds no initializer of that name and shape.
+    Transpositions, slices and concatenations of weights are carried out on what is stored, wherever that stores nothing
+    twice. Raises `ArtifactError` if the graph holds no initializer of that name and shape.
     """
-    forms = {value: _form(name, value, stored.get(name)) for name, value in edit.graph.initializers.items() if name in parameters | set(stored)}
+    forms = {
+        value: _form(name, value, stored.get(name))
+        for name, value in edit.graph.initializers.items()
+        if name in parameters | set(stored)
+    }
     for name, encoding in stored.items():
         found = edit.graph.initializers.get(name)
         if found is None or found not in forms or not found.uses():
-            raise ArtifactError(f"the exported graph does not read the weight {name!r}, which is to be stored as {encoding.form}; is that layer used?")
+            raise ArtifactError(
+                f"the exported graph does not read the weight {name!r}, which is to be stored as {encoding.form}; "
+                "is that layer used?"
+            )
     for value, form in [*_laid_out(edit.graph, forms), *forms.items()]:
         if value.uses() or value.is_graph_output():
             _store(edit, value, form)
@@ -65,8 +80,11 @@ def _form(name: str, value: ir.Value, encoding: Encoding | None) -> Form:
         raise NotCarried(f"the weight {name!r} is stored as {encoding.form}, which onnxruntime does not carry")
     values = encoding.values.cpu().numpy()
     if values.shape != floats.shape:
-        raise ArtifactError(f"the weight {name!r} has the shape {values.shape}, but {floats.shape} in the exported graph")
-    return Form(values, *(_spread(part.cpu().numpy(), values, encoding.axis) for part in (encoding.scale, encoding.zero)), (name,))
+        raise ArtifactError(
+            f"the weight {name!r} has the shape {values.shape}, but {floats.shape} in the exported graph"
+        )
+    scale, zero = (_spread(part.cpu().numpy(), values, encoding.axis) for part in (encoding.scale, encoding.zero))
+    return Form(values, scale, zero, (name,))
 
 
 def _spread(entries: np.ndarray, values: np.ndarray, axis: int | None) -> np.ndarray:
@@ -77,37 +95,51 @@ def _spread(entries: np.ndarray, values: np.ndarray, axis: int | None) -> np.nda
     return np.broadcast_to(entries.reshape(shape), values.shape)
 
 
-def channel_axis(*arrays: np.ndarray) -> int | None:
-    """The one dimension along which the arrays vary; None if they are constant; raises ValueError if they vary along several."""
-    moving = [axis for axis in range(arrays[0].ndim) if any((part != part.take([0], axis)).any() for part in arrays)]
-    if len(moving) > 1:
-        raise ValueError(f"scales vary along dimensions {moving}")
-    return moving[0] if moving else None
+def varying(*arrays: np.ndarray) -> list[int]:
+    """The dimensions along which at least one of these arrays of one shape is not constant."""
+    return [axis for axis in range(arrays[0].ndim) if any((part != part.take([0], axis)).any() for part in arrays)]
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------
 def _laid_out(graph: ir.Graph, forms: dict[ir.Value, Form]) -> list[tuple[ir.Value, Form]]:
-    """The rearranged weights that the graph reads, computed here; only where together they are no larger than the weights they come from."""
+    """The rearranged weights that the graph reads, computed here.
+
+    Only where together they are no larger than the weights they come from, and where their scales still vary along at
+    most one dimension.
+    """
     known = dict(forms)
     for node in graph:
         if node.op_type in LAYOUT and _readable(node, known):
             known.update(_evaluate(node, known))
-    edge = [value for value in known if value not in forms and any(not _folds(usage.node, known) for usage in value.uses())]
-    direct = {value for value in forms if any(not _folds(usage.node, known) for usage in value.uses())}
+    read = [value for value in known if any(not _folds(usage.node, known) for usage in value.uses())]
     done: list[tuple[ir.Value, Form]] = []
-    for names, group in _components(edge, known):
+    for names, group in _components([value for value in read if value not in forms], known):
         sources = [value for value, form in forms.items() if set(form.names) & names]
-        size = sum(known[value].values.size for value in group) + sum(forms[value].values.size for value in sources if value in direct)
-        if size <= sum(forms[value].values.size for value in sources) and all(_has_one_axis(known[value]) for value in group):
+        still_read = [value for value in sources if value in read]
+        if _size([*group, *still_read], known) <= _size(sources, known) and all(
+            known[value].storable for value in group
+        ):
             done += _named([(value, known[value]) for value in group])
     return done
 
 
+def _size(values: list[ir.Value], known: dict[ir.Value, Form]) -> int:
+    return sum(known[value].values.size for value in values)
+
+
+def _data(node: ir.Node) -> list[ir.Value]:
+    """What a layout operation rearranges: all inputs of Concat, the first of any other."""
+    return [value for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1]) if value is not None]
+
+
 def _readable(node: ir.Node, known: dict[ir.Value, Form]) -> bool:
-    data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-    if not all(value in known for value in data) or any(array(value) is None for value in node.inputs[len(data) :] if value is not None):
+    """Whether a layout operation rearranges weights of one type only, in a way that is known now."""
+    data = _data(node)
+    if not all(value in known for value in data):
         return False
-    return len({(known[value].scale is None, known[value].values.dtype) for value in data if value is not None}) == 1
+    if any(value is not None and array(value) is None for value in node.inputs[len(data) :]):
+        return False
+    return len({(known[value].scale is None, known[value].values.dtype) for value in data}) == 1
 
 
 def _folds(node: ir.Node, known: dict[ir.Value, Form]) -> bool:
@@ -119,24 +151,20 @@ def _evaluate(node: ir.Node, known: dict[ir.Value, Form]) -> dict[ir.Value, Form
     from onnx.reference import ReferenceEvaluator
     from onnxscript import ir
 
-    data = list(node.inputs) if node.op_type == "Concat" else list(node.inputs[:1])
-    rest = {value.name: array(value) for value in node.inputs[len(data) :] if value is not None}
-    run = ReferenceEvaluator(ir.serde.serialize_node(node))
-    parts = [run.run(None, {**rest, **dict(zip([value.name for value in data], each))}) for each in zip(*(known[value].parts for value in data))]
+    data = _data(node)
+    rest = {str(value.name): array(value) for value in node.inputs[len(data) :] if value is not None}
+    evaluator = ReferenceEvaluator(ir.serde.serialize_node(node))
+    results: list[list[np.ndarray]] = []
+    for each in zip(*(known[value].parts for value in data)):
+        given: dict[str, Any] = {**rest, **{str(value.name): part for value, part in zip(data, each)}}
+        results.append(evaluator.run(None, given))  # type: ignore[arg-type]
     names = tuple(dict.fromkeys(name for value in data for name in known[value].names))
     made = {}
     for place, output in enumerate(node.outputs):
-        values, scale, zero = [part[place] for part in parts] + [None] * (3 - len(parts))
-        made[output] = Form(values, scale, zero, names)
+        parts = [result[place] for result in results]
+        scale, zero = (parts[1], parts[2]) if len(parts) == 3 else (None, None)
+        made[output] = Form(parts[0], scale, zero, names)
     return made
-
-
-def _has_one_axis(form: Form) -> bool:
-    try:
-        channel_axis(*form.parts[1:]) if form.scale is not None else None
-    except ValueError:
-        return False
-    return True
 
 
 def _components(values: list[ir.Value], known: dict[ir.Value, Form]) -> Iterator[tuple[set[str], list[ir.Value]]]:
@@ -175,15 +203,20 @@ def _named(found: list[tuple[ir.Value, Form]]) -> list[tuple[ir.Value, Form]]:
 def _store(edit: Editor, value: ir.Value, form: Form) -> None:
     """Let the graph read `form` in place of `value`."""
     name = BETWEEN.join(form.names)
-    if value.is_initializer() and form.scale is None:
+    if form.scale is None or form.zero is None:
+        if not value.is_initializer():
+            edit.replace(value, edit.initializer(name, form.values))
         return
-    held = edit.hold(value, form.values) if value.is_initializer() else edit.initializer(name, form.values)
-    if form.scale is None:
-        edit.replace(value, held)
-        return
-    assert form.zero is not None
-    axis = channel_axis(form.scale, form.zero)
-    scale, zero = (part.reshape(-1)[0] if axis is None else np.moveaxis(part, axis, -1).reshape(-1, part.shape[axis])[0] for part in (form.scale, form.zero))
-    inputs = [held, edit.constant(scale.astype(np.float32)), edit.constant(zero.astype(form.values.dtype))]  # QGemm is not made without a zero point
-    made = edit.insert(edit.graph[0], "DequantizeLinear", inputs, **({} if axis is None else {"axis": axis}))
-    edit.take_over(value, made)
+    axes = varying(form.scale, form.zero)
+    scale, zero = (_entries(part, axes) for part in (form.scale, form.zero))
+    # the zero point stands there even if it is zero: without it ONNX Runtime makes no QGemm
+    inputs = [edit.initializer(name, form.values), edit.constant(scale), edit.constant(zero.astype(form.values.dtype))]
+    attributes = {"axis": axes[0]} if axes else {}
+    edit.take_over(value, edit.insert(edit.graph[0], "DequantizeLinear", inputs, **attributes))
+
+
+def _entries(spread: np.ndarray, axes: list[int]) -> np.ndarray:
+    """One entry, or one per index of the one dimension in `axes`."""
+    if not axes:
+        return spread.reshape(-1)[0]
+    return np.moveaxis(spread, axes[0], -1).reshape(-1, spread.shape[axes[0]])[0]
