@@ -1,4 +1,4 @@
-"""What every test shares: two threads, fixed seeds, and a visible skip where the real data are absent."""
+"""What every test shares: one thread (small tensors gain nothing from more), fixed seeds, visible skips."""
 
 import os
 import random
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)

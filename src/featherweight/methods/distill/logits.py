@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core.context import Context
 from ...core.errors import TaskError
+from ...core.files import file_digest
 from ...core.fit import Schedule, Term, soft_targets, task_loss, weighted
 from ...core.metric import same_class
 from ...core.outputs import first
@@ -39,6 +40,11 @@ class DistillLogits(Step, Schedule, kind="distill.logits"):
     temperature: Annotated[float, Field(gt=0), Between(1, 8)] = 4.0
     loss: Literal["auto", "kl", "mse"] = "auto"
     teachers: tuple[str, ...] = ()
+
+    def full(self) -> dict[str, Any]:
+        """Kind and settings, and what the teachers' folders hold, so that another teacher is another recipe."""
+        pages = {spec: Path(spec) / skeleton.PAGE for spec in self.teachers}
+        return super().full() | {"folders": {spec: file_digest(page) for spec, page in pages.items() if page.is_file()}}
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         teachers = [ctx.teacher, *(_teacher(spec, ctx) for spec in self.teachers)]
