@@ -15,6 +15,7 @@ from featherweight.core.errors import ArtifactError, RecipeError, TaskError
 from featherweight.core.fit import soft_cross_entropy, soft_targets
 from featherweight.core.metric import mean_squared_error
 from featherweight.core.outputs import first
+from featherweight.core.recipe import Recipe
 from featherweight.core.step import step
 from featherweight.core.task import Task
 from featherweight.methods.distill.logits import missed_variance
@@ -180,3 +181,13 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line(tmp_path):
 def test_settings_that_cannot_be_are_refused(setting):
     with pytest.raises(RecipeError, match=r"distill\.logits: "):
         step("distill.logits", **setting)
+
+
+def test_another_teacher_in_the_same_folder_is_another_recipe(tmp_path):
+    recipe = Recipe([{"kind": "distill.logits", "teachers": [str(tmp_path / "teacher")]}])
+    torch.manual_seed(1)
+    save(ConvNet(), tmp_path / "teacher")
+    before = recipe.digest()
+    assert recipe.digest() == before
+    save(ConvNet(), tmp_path / "teacher")
+    assert recipe.digest() != before
