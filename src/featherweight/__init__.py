@@ -6,7 +6,9 @@ nor onnx nor optuna.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,3 +125,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """This package, whose `measure` is the function even after the import of the folder of that name has set the
+    attribute.
+    """
+
+    @property
+    def measure(self) -> Any:
+        return __getattr__("measure")
+
+    @measure.setter
+    def measure(self, module: ModuleType) -> None:
+        """The import machinery sets the folder here; it stays in `sys.modules`, which is all that imports need."""
+
+
+sys.modules[__name__].__class__ = _Package

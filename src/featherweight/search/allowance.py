@@ -17,6 +17,7 @@ from .judge import Judge
 from .study import Study, Trial
 
 SHARES = 4  # trained trials that the time for searching should allow
+ENOUGH = 0.3  # of the longest training, for a trial to be worth its time
 SLACK = 1.1  # estimates are upper ones, so that a trial may be started that needs this much of what is left
 LONGEST_STEPS = 2000  # of training in one step of a recipe, where the data set is so small that its epochs are short
 LAUNCHES = 8  # processes that the axis memory starts, and one to spare
@@ -68,7 +69,8 @@ class Allowance:
         now.
         """
         left, overhead, per_epoch = self.left(), self.overhead(), self._per_epoch()
-        planned = float(self.study.note("epochs", lambda: max(0.0, (left / SHARES - overhead) / per_epoch)))
+        enough = ENOUGH * self.longest()
+        planned = float(self.study.note("epochs", lambda: shared_epochs(left, overhead, per_epoch, enough)))
         return min(planned, max(0.0, (left - overhead) / per_epoch))
 
     def refusal(self, recipe: Recipe) -> str:
@@ -89,6 +91,17 @@ class Allowance:
         if not task.has("test"):
             return self.judge.validation_seconds
         return self.judge.validation_seconds * _length(task.test, 1) / max(1, _length(task.validate, 1))
+
+
+def shared_epochs(left: float, overhead: float, per_epoch: float, enough: float) -> float:
+    """Epochs for each trained trial when `left` seconds are shared among as many as can have `enough`: from four down
+    to one.
+    """
+    for shares in range(SHARES, 0, -1):
+        epochs = max(0.0, (left / shares - overhead) / per_epoch)
+        if epochs >= enough:
+            return epochs
+    return epochs
 
 
 @functools.cache
