@@ -159,12 +159,12 @@ def heading(row: compare.Row) -> str:
 
 
 def figure(reading: Reading | None, details: bool = False) -> str:
-    """A value with its unit, and in detail with its 95% interval; empty where there is none."""
+    """A value with its unit, and in detail its 95% interval below; empty where there is none."""
     if reading is None:
         return ""
     value = text.amount(reading.value, reading.unit)
     if details and reading.low is not None and reading.high is not None:
-        value += f" ({text.interval(reading.low, reading.high, reading.unit)})"
+        value += f"\n{text.interval(reading.low, reading.high, reading.unit)}"
     return escape(value)
 
 
