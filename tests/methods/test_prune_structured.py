@@ -238,6 +238,24 @@ def test_heads_and_neurons_of_a_transformer_are_told_apart():
     assert {name for name, module in task.original.named_modules() if isinstance(module, nn.Linear)} <= told
 
 
+def test_a_recurrent_network():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.lstm, self.out = nn.Embedding(20, 16), nn.LSTM(16, 32, batch_first=True), nn.Linear(32, 20)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.lstm(self.embed(x))[0][:, -1])
+
+    x, y = torch.randint(0, 20, (32, 6)), torch.randint(0, 20, (32,))
+    task = Task(name="last", model=Last().eval(), train=Arrays(x, y), test=Arrays(x, y))
+    model, ctx = pruned(task, keep=0.5, of="parameters", score="taylor", width_multiple=4)
+    assert count_parameters(model) / count_parameters(task.original) == pytest.approx(0.46, abs=0.04)
+    assert model.lstm.hidden_size % 4 == 0 and model.lstm.hidden_size == model.out.in_features < 32
+    assert ctx.record.changed["lstm"].startswith(f"32 -> {model.lstm.hidden_size}")
+    ctx.fit(model, Training(epochs=1))
+
+
 @pytest.mark.parametrize(
     "settings", [{"keep": 0}, {"keep": 1}, {"score": "l3"}, {"rounds": 0}, {"multiple": 0}, {"min_keep": 2}]
 )

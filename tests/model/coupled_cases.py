@@ -264,8 +264,40 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, int]]
         X,
         {},
     ),
-    "recurrent fixes": (
-        lambda: Net(lambda s, x: s.b(s.r(x)[0][:, -1]), r=nn.LSTM(8, 6, batch_first=True), b=nn.Linear(6, 3)),
+    "lstm": (
+        lambda: Net(
+            lambda s, x: s.b(s.r(s.a(x))[0][:, -1]),
+            a=nn.Linear(8, 5),
+            r=nn.LSTM(5, 6, batch_first=True),
+            b=nn.Linear(6, 3),
+        ),
+        TOKENS,
+        {"a.weight": 5},
+    ),
+    "two layers of gru, both ways": (
+        lambda: Net(
+            lambda s, x: s.c(s.b(s.r(x)[0]).mean(1)),
+            r=nn.GRU(8, 6, 2, bidirectional=True, batch_first=True),
+            b=nn.Linear(12, 7),
+            c=nn.Linear(7, 3),
+        ),
+        TOKENS,
+        {"b.weight": 7},
+    ),
+    "a first state of its own": (
+        lambda: Net(
+            lambda s, x: s.b(s.r(x, s.start.expand(1, 2, -1).contiguous())[1][0]),
+            r=nn.RNN(8, 6, batch_first=True),
+            b=nn.Linear(6, 3),
+            start=nn.Parameter(torch.ones(1, 1, 6)),
+        ),
+        TOKENS,
+        {},
+    ),
+    "a recurrent layer with projections": (
+        lambda: Net(
+            lambda s, x: s.b(s.r(x)[0]).mean(1), r=nn.LSTM(8, 6, proj_size=4, batch_first=True), b=nn.Linear(4, 3)
+        ),
         TOKENS,
         {},
     ),

@@ -92,6 +92,22 @@ def test_removal_keeps_the_layers_own_sizes_in_step():
     assert all(parameter.grad is not None for parameter in smaller.parameters())
 
 
+def test_recurrent_layers_lose_hidden_units():
+    for name, gates in (("lstm", 4), ("two layers of gru, both ways", 3), ("a first state of its own", 1)):
+        model: Any = lively(CASES[name][0]())
+        coupling = couple(model, {"x": torch.randn(TOKENS)})
+        place = next(number for number in coupling.free() if ("r.weight_hh_l0", 1) in coupling.groups[number].places)
+        assert len(coupling.groups[place]) == 6
+        smaller: Any = remove(model, coupling, {place: np.array([0, 4])})
+        assert smaller.r.hidden_size == 4 and smaller.r.weight_hh_l0.shape == (gates * 4, 4)
+        assert all(one is other for one, other in zip(smaller.r._flat_weights, smaller.r.parameters(), strict=True))
+
+
+def test_a_recurrent_layer_with_projections_is_refused_by_name():
+    coupling = couple(lively(CASES["a recurrent layer with projections"][0]()), {"x": torch.randn(TOKENS)})
+    assert coupling.fixed["r.weight_hh_l0", 0] == "there is no rule for lstm of packed sequences or with projections"
+
+
 def test_tied_weights_stay_tied():
     model = lively(tied())
     coupling = couple(model, {"x": torch.randn(X)})

@@ -76,7 +76,7 @@ def _exchange(model: nn.Module, old: Tensor, new: Tensor) -> list[nn.Module]:
         for table in (module._parameters, module._buffers):
             for name, tensor in list(table.items()):
                 if tensor is old:
-                    table[name] = value  # type: ignore[assignment]
+                    setattr(module, name, value)  # recurrent layers keep a list of their weights in step with this
                     found.append(module)
     return found
 
@@ -96,6 +96,8 @@ def describe_sizes(module: nn.Module) -> None:
         stated = {"num_features": held[0].shape[0]}
     elif isinstance(module, nn.Embedding):
         stated = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    elif isinstance(module, nn.RNNBase):
+        stated = {"input_size": module.weight_ih_l0.shape[1], "hidden_size": module.weight_hh_l0.shape[1]}
     elif isinstance(module, nn.PReLU):
         stated = {"num_parameters": weight.shape[0]}
     elif type(module).__name__ == "Conv1D" and hasattr(

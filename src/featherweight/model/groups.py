@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,7 +110,9 @@ def graph_of(model: nn.Module, example: Mapping[str, Tensor]) -> torch.export.Ex
     """
     given = {name: tensor.detach().clone() for name, tensor in example.items()}
     try:
-        return torch.export.export(model, (), kwargs=given, strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's remarks on the model's insides are nothing to act on
+            return torch.export.export(model, (), kwargs=given, strict=False)
     except Exception as error:
         brief = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TaskError(
@@ -250,7 +253,8 @@ def grouped(
     alike: dict[Any, list[int]] = defaultdict(list)
     for owner, places in units.items():
         if any(name in parameters for name, _ in places):
-            alike[tuple((place, len(indices)) for place, indices in places.items()), tuple(changes[owner])].append(owner)
+            signature = tuple((place, len(indices)) for place, indices in places.items())
+            alike[signature, tuple(changes[owner])].append(owner)
     return [
         Group({place: np.array([units[owner][place] for owner in owners]) for place, _ in signature}, np.array(owners))
         for (signature, _), owners in alike.items()

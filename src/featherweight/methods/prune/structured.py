@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...core.context import Context
 from ...core.errors import TaskError
@@ -21,6 +20,7 @@ from ...model.cost import Cost, macs, parameters
 from ...model.cut import agreeing, remove
 from ...model.groups import Coupling, Cut, Group, couple, tensors
 from ...model.select import LayerStep, excluded, unused
+from .layers import Layer, layers, producers, widths
 from .plan import by_rank, by_share, limits
 from .scores import l1, l2, relative, slices, taylor
 
@@ -165,87 +165,30 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
         return found
 
     def _report(self, model: nn.Module, ctx: Context, coupling: Coupling, before: dict[str, tuple[int, ...]]) -> None:
-        """Every layer that changed, and every layer that did not and why; `coupling` is that of the last round, which
-        knows why.
+        """Every layer that changed, and every layer that did not and why.
+
+        `coupling` is that of the last round, which knows why.
         """
         groups_of = {place: number for number, group in enumerate(coupling.groups) for place in group.places}
-        for name, module in layers(model):
-            weight, dim = f"{name}.weight".lstrip("."), output_dim(module)
-            old, new = before[weight], tuple(module.weight.shape)
-            if old != new:
-                ctx.change(name, describe(old, new, dim))
+        after = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
+        for layer in layers(model):
+            if how := layer.change(before, after):
+                ctx.change(layer.name, how)
             else:
-                ctx.leave(name, self._reason(model, coupling, name, weight, dim, groups_of))
+                ctx.leave(layer.name, self._reason(model, coupling, layer, groups_of.get(layer.outputs)))
 
-    def _reason(
-        self,
-        model: nn.Module,
-        coupling: Coupling,
-        name: str,
-        weight: str,
-        dim: int,
-        groups_of: dict[tuple[str, int], int],
-    ) -> str:
-        """Why the outputs of a layer are all still there."""
-        if reason := excluded(name, self.only, self.skip):
+    def _reason(self, model: nn.Module, coupling: Coupling, layer: Layer, number: int | None) -> str:
+        """Why the outputs of a layer are all still there; `number` is their group, if they have one."""
+        if reason := excluded(layer.name, self.only, self.skip):
             return reason
-        number = groups_of.get((weight, dim))
         if number is None:
-            return coupling.fixed.get((weight, dim), "it has too few outputs")
+            return coupling.fixed.get(layer.outputs, "it has too few outputs")
         if number in coupling.refused:
             return coupling.refused[number]
         for maker in producers(model, coupling.groups[number]):
             if reason := excluded(maker, self.only, self.skip):
                 return f"it goes together with {maker}: {reason}"
         return "all of its units score higher than those that had to go"
-
-
-def layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers with a weight whose outputs are units: linear, convolutions, embeddings."""
-    return [(name, module) for name, module in model.named_modules() if _is_layer(module)]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | _ConvNd | nn.Embedding) or (
-        type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    )
-
-
-def output_dim(module: nn.Module) -> int:
-    """The dimension of a layer's weight that counts its outputs."""
-    return (
-        0
-        if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd))
-        else 1
-    )
-
-
-def producers(model: nn.Module, group: Group) -> list[str]:
-    """The layers whose outputs are the units of `group`; of modules of other kinds all that have a matrix in it."""
-    modules = dict(model.named_modules())
-    found = []
-    for name, dim in group.places:
-        owner = name.rpartition(".")[0]
-        module = modules[owner]
-        if _is_layer(module):
-            if name.endswith("weight") and dim == output_dim(module):
-                found.append(owner)
-        elif tensors(module)[name.rpartition(".")[2]].dim() > 1:
-            found.append(owner)
-    return list(dict.fromkeys(found))
-
-
-def widths(group: Group) -> list[int]:
-    """How many indices one unit has along each dimension that it cuts."""
-    return sorted({positions.shape[1] for positions in group.places.values()})
-
-
-def describe(old: tuple[int, ...], new: tuple[int, ...], dim: int) -> str:
-    """`64 -> 40` for the outputs of a layer, and what became of its inputs if they changed."""
-    parts = [f"{old[dim]} -> {new[dim]}"] if old[dim] != new[dim] else []
-    if len(old) > 1 and old[1 - dim] != new[1 - dim]:
-        parts.append(f"inputs {old[1 - dim]} -> {new[1 - dim]}")
-    return ", ".join(parts)
 
 
 def savings(price: Cost, everything: NDArray[np.int64], places: list[int]) -> list[float]:
