@@ -21,7 +21,7 @@ PATCH, PATCHES, VALIDATE, CROP = 64, 8, 40, 128
 
 
 class Noisy:
-    """A map-style data set of grey images (N x 1 x H x W bytes) with noise: fresh noise when a generator is given, else always the same."""
+    """A map-style data set of grey images (N x 1 x H x W bytes) with noise: fresh with a generator, else fixed."""
 
     def __init__(self, clean: Tensor, seed: int = 0):
         self.clean, self.seed = clean, seed
@@ -65,8 +65,9 @@ def denoise_dncnn() -> Task:
         batch_size=16,
         calibration_limit=64,
         fingerprint=source.fingerprint(VERSION),
-        notes="Patches of 64 x 64 from 160 BSDS500 training pictures train (the first 64 calibrate), the middle of 40 others validates (the original "
-        "network was trained on these pictures), Set12 tests, each picture a batch of its own with noise of a fixed seed.",
+        notes="Patches of 64 x 64 from 160 BSDS500 training pictures train (the first 64 calibrate), the middle of 40 "
+        "others validates (the original network was trained on these pictures). Set12 tests, each picture a batch of "
+        "its own with noise of a fixed seed.",
     )
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.data import Arrays
-from ..core.fit import Training
 from ..core.files import tensor_digest
+from ..core.fit import Training
 from ..core.task import Task, ready_made
 from .splits import balanced_order, shifted
 from .trained import trained
@@ -37,7 +37,7 @@ class Residual(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """Four 3 x 3 convolutions (one pair with a shortcut) and a linear layer: N x 1 x 8 x 8 images in 0..1 to 10 logits."""
+    """Four 3 x 3 convolutions (two beside a shortcut) and a linear layer: N x 1 x 8 x 8 in 0..1 to 10 logits."""
 
     def __init__(self, widths: tuple[int, int] = (64, 128)):
         super().__init__()
@@ -53,7 +53,7 @@ class DigitsNet(nn.Module):
 
 @ready_made("digits")
 def digits() -> Task:
-    """Handwritten digits of 8 x 8 pixels (scikit-learn, 1,797 real images): a small residual network; needs no file from outside."""
+    """Handwritten digits of 8 x 8 pixels (scikit-learn, 1,797 real images), a residual network; needs no file."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -67,6 +67,6 @@ def digits() -> Task:
         validate=Arrays(images[validate], labels[validate]),
         test=Arrays(images[test], labels[test]),
         fingerprint=tensor_digest({"images": images, "labels": labels, "order": torch.cat([train, validate, test])}),
-        notes="897 images train (the first 512 calibrate), 300 validate, 600 test; the splits are stratified, seeded and disjoint.",
+        notes="897 images train (the first 512 calibrate), 300 validate, 600 test; stratified, seeded and disjoint.",
     )
     return replace(task, model=trained(task, DigitsNet, TRAINING))

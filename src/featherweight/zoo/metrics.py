@@ -70,7 +70,10 @@ def anomaly_auc(windows: int) -> Metric:
 
 
 def perplexity() -> Metric:
-    """Perplexity of the next token: logits N x T x V against labels N x T, where -100 is padding; a record is (nats, tokens) of a text."""
+    """Perplexity of the next token: logits N x T x V against labels N x T, where -100 is padding.
+
+    A record is a text's (nats, tokens).
+    """
 
     def record(output: Any, batch: Any) -> Records:
         target = np.asarray(labels(batch))[:, 1:]
@@ -87,7 +90,10 @@ def _exponential(records: Records) -> float:
 
 
 def bits_per_character() -> Metric:
-    """Mean bits of the next character; `batch["lengths"]` says how many characters in a row make one text, a record is (bits, characters) of it."""
+    """Mean bits of the next character: logits N x V against labels N.
+
+    `batch["lengths"]` says how many rows make one text; a record is a text's (bits, characters).
+    """
 
     def record(output: Any, batch: Any) -> Records:
         bits = surprise(np.asarray(first(output)), np.asarray(labels(batch))) / np.log(2)

@@ -12,7 +12,7 @@ from ..core.data import Arrays
 from ..core.fit import Training
 from ..core.task import Task, ready_made
 from .source import Source
-from .splits import balanced_order, shifted
+from .splits import balanced_order, shifted, unit_range
 from .trained import trained
 
 FILE = "mnist/mnist.npz.xz"
@@ -71,14 +71,10 @@ def task(name: str, make: Callable[[], nn.Module], training: Training, reach: in
         test=Arrays(images["test_x"], images["test_y"], convert=unit_range),
         batch_size=128,
         fingerprint=source.fingerprint(VERSION),
-        notes="Of the 60,000 training images 55,000 train (the first 512 calibrate) and 5,000 validate, stratified and seeded; 10,000 test.",
+        notes="Of the 60,000 training images 55,000 train (the first 512 calibrate) and 5,000 validate, stratified and "
+        "seeded; 10,000 test.",
     )
     return replace(made, model=trained(made, make, training))
-
-
-def unit_range(images: Tensor) -> Tensor:
-    """Bytes to floats in 0..1."""
-    return images.float() / 255
 
 
 def read(source: Source) -> dict[str, Tensor]:

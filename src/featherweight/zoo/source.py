@@ -78,7 +78,7 @@ def cache_folder() -> Path:
 
 
 def cached(name: str, key: list[object], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors that `make` gives, kept in the cache folder under `name` and the digest of `key` (JSON values), written whole.
+    """The tensors that `make` gives, kept in the cache folder under `name` and the digest of `key` (JSON values).
 
     Raises `OutputError` if the folder cannot be written or the kept file is damaged.
     """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 
 def balanced_order(labels: Tensor, seed: int = 0) -> Tensor:
-    """A random order of N items, each prefix of which holds the classes in the shares that all N do (within one item each).
+    """A random order of N items of which each prefix holds the classes in their shares of all N, within one item each.
 
     `labels`: N integers. Within its class each item gets a random rank; items are ordered by rank over class size.
     """
@@ -26,8 +26,14 @@ def random_order(count: int, seed: int = 0) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
+def apart(items: Sequence[Hashable], *others: Sequence[Hashable]) -> list[int]:
+    """Indices of the items that are in none of `others`."""
+    taken = set().union(*others)
+    return [place for place, item in enumerate(items) if item not in taken]
+
+
 def shifted(reach: int, flip: bool = False) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """An augmentation of N x C x H x W images: a random shift by up to `reach` pixels (zeros come in), half of them mirrored if `flip`.
+    """An augmentation of N x C x H x W images: shifts by up to `reach` pixels, zeros coming in; `flip` mirrors half.
 
     The same as padding by `reach` and cropping at random (He et al., arXiv:1512.03385, section 4.2).
     """
@@ -44,3 +50,8 @@ def shifted(reach: int, flip: bool = False) -> Callable[[Tensor, torch.Generator
         return padded[item, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
     return augment
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Bytes to floats in 0..1."""
+    return images.float() / 255

@@ -21,7 +21,10 @@ CONTEXT, PADDING = 512, -100
 
 
 class Texts:
-    """A map-style data set of token sequences; a batch is padded at the right, where a causal model does not look, and labelled -100 there."""
+    """A map-style data set of token sequences.
+
+    A batch is padded at the right, where a causal model does not look, and labelled -100 there.
+    """
 
     def __init__(self, tokens: list[Tensor]):
         self.tokens = tokens
@@ -46,7 +49,7 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
 
 @ready_made("stories260k")
 def stories260k() -> Task:
-    """A language model of 260,032 parameters in the Llama layout (llama2.c's stories260K) on 150 TinyStories: perplexity 4.0775."""
+    """A Llama-layout language model (stories260K of llama2.c, 260,032 parameters), 150 stories, perplexity 4.0775."""
     parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
     source = Source("stories260k", TEXTS, *(f"{FOLDER}/{part}" for part in parts))
     stories = json.loads(source.path(TEXTS).read_text(encoding="utf-8"))
@@ -64,8 +67,8 @@ def stories260k() -> Task:
         batch_size=8,
         calibration_limit=64,
         fingerprint=source.fingerprint(VERSION),
-        notes="Stories 0-599 train (the first 64 calibrate), 600-699 validate, 700-849 test; at most 512 tokens of each. All come from the "
-        "training part of TinyStories, so the original network may have seen them.",
+        notes="Stories 0-599 train (the first 64 calibrate), 600-699 validate, 700-849 test; at most 512 tokens "
+        "of each. All come from the training part of TinyStories, so the original network may have seen them.",
     )
 
 

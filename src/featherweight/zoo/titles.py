@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.task import Task, ready_made
 from .metrics import bits_per_character
 from .source import Source
+from .splits import apart
 
 VERSION = 1
 WINDOW = 40
@@ -20,7 +21,10 @@ EDGE = "<s>"  # begins and ends a title
 
 
 class Titles:
-    """A map-style data set of titles; a title of n characters is n + 1 inputs (the last 40 ids, padded with 0 at the left) and their next ids."""
+    """A map-style data set of titles as ids.
+
+    A title of n characters is n + 1 inputs (the 40 ids before it, padded with 0 at the left) and as many next ids.
+    """
 
     def __init__(self, titles: list[Tensor]):
         self.titles = titles
@@ -47,23 +51,30 @@ def windows(ids: Tensor) -> Tensor:
 
 @ready_made("titles-lstm")
 def titles_lstm() -> Task:
-    """Two LSTM layers that write titles character by character (textgenrnn): 462,717 parameters, 150 Hacker News titles, 2.560 bits a character."""
+    """A character LSTM of titles (textgenrnn, 462,717 parameters), 150 Hacker News titles, 2.560 bits a character."""
     source = Source("titles-lstm", WEIGHTS, VOCABULARY, TITLES, "nets.py")
     vocabulary = json.loads(source.path(VOCABULARY).read_text(encoding="utf-8"))
     lines = source.path(TITLES).read_text(encoding="utf-8").splitlines()[1:]
-    titles = [encoded(line, vocabulary) for line in lines]
+    test, validate = lines[:150], lines[150:400]
+    validate = [validate[place] for place in apart(validate, test)]
+    train = [lines[place] for place in apart(lines, test, validate)]
     return Task(
         name="titles-lstm",
         model=lambda: source.weights(source.module("nets").CharLSTM(), WEIGHTS),
-        train=Titles(titles[400:]),
-        validate=Titles(titles[150:400]),
-        test=Titles(titles[:150]),
+        train=titles(train, vocabulary),
+        validate=titles(validate, vocabulary),
+        test=titles(test, vocabulary),
         metric=bits_per_character(),
         inputs=lambda batch: {"x": batch["x"]},
         batch_size=16,
         fingerprint=source.fingerprint(VERSION),
-        notes="Hacker News titles (the network was trained on Reddit's): the first 150 test, the next 250 validate, the others train.",
+        notes="Hacker News titles (the network was trained on Reddit's): the first 150 test, 249 of the next 250 "
+        "validate, the others train (the first of them calibrate); a title that recurs is in one split only.",
     )
+
+
+def titles(lines: list[str], vocabulary: dict[str, int]) -> Titles:
+    return Titles([encoded(line, vocabulary) for line in lines])
 
 
 def encoded(title: str, vocabulary: dict[str, int]) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..core.context import Context
-from ..core.files import value_digest
 from ..core.fit import Training
 from ..core.task import Task
 from .source import cached, version_of_torch
@@ -19,9 +18,10 @@ THREADS = 2  # a fixed number: sums over another number of threads round otherwi
 
 
 def trained(task: Task, make: Callable[[], nn.Module], training: Training, seed: int = 0) -> Callable[[], nn.Module]:
-    """A function that gives `make()` trained on `task`'s training data by its loss; `task.fingerprint` must stand for the data.
+    """A function that gives `make()` trained on `task`'s training data by its loss.
 
-    The first call trains on the CPU (with two threads, whatever the caller uses), later ones read the weights from the cache.
+    The first call trains on the CPU with two threads; later ones read the weights from the cache, in which
+    `task.fingerprint` stands for the data.
     """
 
     def model() -> nn.Module:
@@ -57,8 +57,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def code_fingerprint(name: str, version: int) -> str:
-    """A fingerprint for data that come with an installed package: its name, and the version of the code that reads them."""
-    return value_digest([name, version])
