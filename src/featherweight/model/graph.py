@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
 def _export(model: nn.Module, example: dict[str, Tensor], free: Free) -> ExportedProgram:
     shapes = {name: dict.fromkeys(free.get(name, {}), Dim.DYNAMIC) or None for name in example}
     clones = {name: tensor.detach().clone() for name, tensor in example.items()}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # such as that a recurrent layer lists its own weights
         return torch.export.export(model, (), kwargs=clones, dynamic_shapes=shapes if free else None)
 
 

@@ -200,7 +200,9 @@ def multiply_accumulates(program: torch.export.ExportedProgram, example: dict[st
 
     free = {name: 0 in _free(program, name, array) for name, array in example.items()}
     given = {name: torch.from_numpy(array[:1] if free[name] else array) for name, array in example.items()}
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops})
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, attention: _attention_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), counter:
         program.module(check_guards=False)(**given)
     return counter.get_total_flops() // 2
@@ -211,6 +213,11 @@ def _recurrent_flops(
 ) -> int:
     """Twice the multiply-accumulates of one recurrent layer and direction: steps x batch x entries of its weights."""
     return 2 * input_shape[0] * input_shape[1] * (math.prod(weight_shape) + math.prod(hidden_shape))
+
+
+def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *rest: Any, **named: Any) -> int:
+    """Twice the multiply-accumulates of attention: queries times keys, and weights times values."""
+    return 2 * math.prod(query_shape[:-1]) * key_shape[-2] * (query_shape[-1] + value_shape[-1])
 
 
 def _free(program: torch.export.ExportedProgram, name: str, array: np.ndarray) -> set[int]:

@@ -59,10 +59,9 @@ class OnnxRuntime(Target, name="onnxruntime"):
         options.log_severity_level = 3
         if threads > 1:  # spinning threads take the processor from each other on a busy machine
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = self._providers(onnxruntime.get_available_providers())
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=self._providers(onnxruntime.get_available_providers())
-            )
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's errors share no base class
             reason = " ".join(str(error).split())[:200]
             raise ArtifactError(f"ONNX Runtime cannot load {path}: {reason}; export it again") from error

@@ -97,6 +97,8 @@ def _rename(graph: ir.Graph, weights: set[str]) -> None:
     for value in values:
         if value.name not in weights and not value.is_graph_input() and not value.is_graph_output():
             value.name = MADE + next(names)
+        if not value.is_graph_input() and not value.is_graph_output():
+            value.shape = value.type = None  # the tensor itself says it
     for node in graph.all_nodes():
         node.name = None
         for output in node.outputs:
