@@ -238,6 +238,25 @@ def test_heads_and_neurons_of_a_transformer_are_told_apart():
     assert {name for name, module in task.original.named_modules() if isinstance(module, nn.Linear)} <= told
 
 
+def test_tied_layers_are_told_why_they_stay():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.wide = nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 32)
+            self.narrow, self.out = nn.Linear(32, 8), nn.Linear(8, 20, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.norm(self.narrow(torch.relu(self.wide(self.embed(x)))))).mean(1)
+
+    x, y = torch.randint(0, 20, (32, 6)), torch.randint(0, 20, (32,))
+    model, ctx = pruned(Task(name="tied", model=Tied().eval(), train=Arrays(x, y), test=Arrays(x, y)), keep=0.7)
+    reasons = {left.layer: left.reason for left in ctx.record.left}
+    assert reasons["out"] in ("it is an output of the model", "its rows are looked up by the model's inputs")
+    assert reasons["embed"] == "the operator layer_norm runs over it"
+    assert set(ctx.record.changed) == {"wide", "narrow"} and model.out.weight is model.embed.weight
+
+
 def test_a_recurrent_network():
     class Last(nn.Module):
         def __init__(self) -> None:

@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..core.outputs import named_outputs
-from .groups import Coupling, Cut, Indices, Place, tensors
+from .groups import Coupling, Cut, Indices, Slot, tensors
 
 TOLERANCE = 1e-4
 
 
-def doomed(coupling: Coupling, cut: Cut) -> dict[Place, Indices]:
+def doomed(coupling: Coupling, cut: Cut) -> dict[Slot, Indices]:
     """The indices that `cut` takes from each dimension of each parameter and buffer."""
     gone = coupling.gone(cut)
     found = {place: np.flatnonzero(gone[labels]) for place, labels in coupling.dims.items()}

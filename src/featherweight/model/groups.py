@@ -36,7 +36,7 @@ from .rules import (
     sizes_of,
 )
 
-Place = tuple[str, int]  # a parameter or buffer by its full name, and one of its dimensions
+Slot = tuple[str, int]  # a parameter or buffer by its full name, and one of its dimensions
 Cut = dict[int, Indices]  # group -> the units of it to remove
 IGNORED = ("_assert", "sym_", "_guards")
 
@@ -50,7 +50,7 @@ class Group:
     are the labels' components.
     """
 
-    places: dict[Place, Indices]
+    places: dict[Slot, Indices]
     components: Indices
 
     def __len__(self) -> int:
@@ -67,15 +67,17 @@ class Coupling:
     """The groups of a network, what is fixed and why, and what its calls cost in terms of the groups.
 
     `dims` holds the labels of every parameter's and buffer's dimension, `component` the component of every label.
-    `repair` names the groups whose removal needs integer attributes of modules to follow.
+    Tied tensors go by one name; `names` gives it for each. `repair` names the groups whose removal needs integer
+    attributes of modules to follow.
     """
 
     groups: list[Group]
-    dims: dict[Place, Indices]
+    dims: dict[Slot, Indices]
+    names: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
     component: Indices
-    fixed: dict[Place, str]
+    fixed: dict[Slot, str]
     sizes: list[Size]
     works: list[Work]
     repair: set[int] = field(default_factory=set)
@@ -191,7 +193,7 @@ def _follow_inner(node: fx.Node, args: list[Any], trace: Trace) -> Any:
 
 def trace_model(
     program: torch.export.ExportedProgram, names: dict[str, str], choices: dict[str, int]
-) -> tuple[Trace, dict[Place, Indices], dict[Place, str]]:
+) -> tuple[Trace, dict[Slot, Indices], dict[Slot, str]]:
     """Label all parameters and buffers and follow the labels to the outputs; `names` gives each tensor its one name."""
     trace, signature = Trace(choices=choices), program.graph_signature
     owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -235,13 +237,13 @@ def trace_model(
 
 
 def grouped(
-    trace: Trace, dims: dict[Place, Indices], component: Indices, frozen: Mapping[int, str], parameters: frozenset[str]
+    trace: Trace, dims: dict[Slot, Indices], component: Indices, frozen: Mapping[int, str], parameters: frozenset[str]
 ) -> list[Group]:
     """Components that cut the same places, and change the same sizes, become the units of one group.
 
     Those that may not be removed, or stand alone, give none.
     """
-    units: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
+    units: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
     for place, labels in dims.items():
         for index, owner in enumerate(component[labels].tolist()):
             if owner not in frozen:
@@ -284,6 +286,7 @@ def couple(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
         found = Coupling(
             groups=grouped(trace, dims, component, reasons, parameters),
             dims=dims,
+            names=names,
             shapes={name: shapes[name] for name in names.values()},
             parameters=parameters,
             component=component,
@@ -309,9 +312,9 @@ def _attempts() -> Iterator[dict[str, int]]:
         yield choices
 
 
-def _reasons(dims: dict[Place, Indices], component: Indices, frozen: Mapping[int, str]) -> dict[Place, str]:
+def _reasons(dims: dict[Slot, Indices], component: Indices, frozen: Mapping[int, str]) -> dict[Slot, str]:
     """Why dimensions are fixed, in whole or in part."""
-    found: dict[Place, str] = {}
+    found: dict[Slot, str] = {}
     for place, labels in dims.items():
         for owner in component[labels].tolist():
             if owner in frozen:

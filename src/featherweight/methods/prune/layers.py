@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ...model.groups import Group, Place
+from ...model.groups import Group, Slot
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -17,8 +17,8 @@ class Layer:
     """A layer by its full name, with the places that count its outputs and its inputs."""
 
     name: str
-    outputs: Place
-    inputs: Place
+    outputs: Slot
+    inputs: Slot
 
     def change(self, before: Shapes, after: Shapes) -> str:
         """`64 -> 40` for its outputs, and what became of its inputs; empty if both are as they were."""

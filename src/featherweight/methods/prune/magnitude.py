@@ -132,7 +132,7 @@ def uncovered(model: nn.Module) -> list[tuple[str, str]]:
                 else "not a linear layer or a convolution"
             )
             if not isinstance(module, parametrize.ParametrizationList):
-                found.append((name, f"{type(module).__name__}: {reason}"))
+                found.append((name or type(module).__name__, f"{type(module).__name__}: {reason}"))
     return found
 
 

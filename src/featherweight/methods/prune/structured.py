@@ -18,9 +18,9 @@ from ...core.fit import Training
 from ...core.step import Between, OneOf, Place, Trait
 from ...model.cost import Cost, macs, parameters
 from ...model.cut import agreeing, remove
-from ...model.groups import Coupling, Cut, Group, couple, tensors
+from ...model.groups import Coupling, Cut, Group, Slot, couple, tensors
 from ...model.select import LayerStep, excluded, unused
-from .layers import Layer, layers, producers, widths
+from .layers import layers, producers, widths
 from .plan import by_rank, by_share, limits
 from .scores import l1, l2, relative, slices, taylor
 
@@ -175,14 +175,15 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             if how := layer.change(before, after):
                 ctx.change(layer.name, how)
             else:
-                ctx.leave(layer.name, self._reason(model, coupling, layer, groups_of.get(layer.outputs)))
+                place = (coupling.names[layer.outputs[0]], layer.outputs[1])
+                ctx.leave(layer.name, self._reason(model, coupling, layer.name, place, groups_of.get(place)))
 
-    def _reason(self, model: nn.Module, coupling: Coupling, layer: Layer, number: int | None) -> str:
-        """Why the outputs of a layer are all still there; `number` is their group, if they have one."""
-        if reason := excluded(layer.name, self.only, self.skip):
+    def _reason(self, model: nn.Module, coupling: Coupling, name: str, place: Slot, number: int | None) -> str:
+        """Why the outputs of a layer, counted at `place`, are all still there; `number` is their group, if any."""
+        if reason := excluded(name, self.only, self.skip):
             return reason
         if number is None:
-            return coupling.fixed.get(layer.outputs, "it has too few outputs")
+            return coupling.fixed.get(place, "its outputs all go together")
         if number in coupling.refused:
             return coupling.refused[number]
         for maker in producers(model, coupling.groups[number]):
