@@ -39,7 +39,7 @@ def test_without_the_data_folder_one_line_says_what_to_set(name, monkeypatch, tm
 
 @pytest.mark.parametrize("name", every_task())
 def test_every_task_says_in_one_sentence_what_it_is(name):
-    text = zoo[name].__doc__
+    text = zoo[name].function.__doc__
     assert text and text.strip().endswith(".") and "\n" not in text.strip()
 
 

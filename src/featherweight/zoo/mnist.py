@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.data import Arrays
 from ..core.fit import Training
 from ..core.task import Task, ready_made
-from .source import Source
+from .source import DATA, Source
 from .splits import balanced_order, shifted, unit_range
 from .trained import trained
 
@@ -41,13 +41,13 @@ def lenet300() -> nn.Module:
     )
 
 
-@ready_made("mnist-lenet5")
+@ready_made("mnist-lenet5", variables=(DATA,))
 def mnist_lenet5() -> Task:
     """LeNet-5 on MNIST: 431,080 parameters, 10,000 test images; trained on the spot (about two minutes, once)."""
     return task("mnist-lenet5", lenet5, Training(epochs=6, lr=2e-3, weight_decay=1e-2, batch_size=128), reach=2)
 
 
-@ready_made("mnist-lenet300")
+@ready_made("mnist-lenet300", variables=(DATA,))
 def mnist_lenet300() -> Task:
     """LeNet-300-100 on MNIST: 266,610 parameters, 10,000 test images; trained on the spot (about a minute, once)."""
     return task("mnist-lenet300", lenet300, Training(epochs=15, lr=2e-3, weight_decay=1e-2, batch_size=128), reach=1)

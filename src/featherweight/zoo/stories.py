@@ -13,7 +13,7 @@ from ..core.outputs import first
 from ..core.task import Task, labels, ready_made
 from . import huggingface
 from .metrics import perplexity
-from .source import Source
+from .source import DATA, Source
 
 VERSION = 1
 TEXTS, FOLDER = "text/tinystories_850.json", "stories260K"
@@ -47,7 +47,7 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=PADDING)
 
 
-@ready_made("stories260k")
+@ready_made("stories260k", variables=(DATA,), packages=("transformers",))
 def stories260k() -> Task:
     """A Llama-layout language model (stories260K of llama2.c, 260,032 parameters), 150 stories, perplexity 4.0775."""
     parts = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -15,7 +15,7 @@ from ..core.data import Arrays
 from ..core.outputs import first
 from ..core.task import Task, ready_made
 from .metrics import anomaly_auc
-from .source import Source, cached
+from .source import DATA, Source, cached
 from .splits import balanced_order, unit_range
 
 VERSION = 1
@@ -51,7 +51,7 @@ def decoded(source: Source, file: str) -> dict[str, Tensor]:
     return source.cached(file, VERSION, make)
 
 
-@ready_made("kws-dscnn")
+@ready_made("kws-dscnn", variables=(DATA,))
 def kws_dscnn() -> Task:
     """Keyword spotting by a depthwise separable network (MLPerf Tiny, 23,756 parameters), 1,000 clips, 91.5% right."""
     weights = "mlperf_tiny/kws_dscnn.safetensors"
@@ -67,7 +67,7 @@ def kws_dscnn() -> Task:
     )
 
 
-@ready_made("kws-kwt1")
+@ready_made("kws-kwt1", variables=(DATA,))
 def kws_kwt1() -> Task:
     """Keyword spotting by the Keyword Transformer KWT-1 (607,308 parameters), 920 one-second clips, 97.07% right."""
     weights, frontend = "kwt1/kwt1.safetensors", "kwt1/frontend.safetensors"
@@ -97,7 +97,7 @@ def heard(source: Source, frontend: str) -> tuple[Tensor, Tensor]:
     return made["x"], made["y"]
 
 
-@ready_made("vww-mobilenet")
+@ready_made("vww-mobilenet", variables=(DATA,))
 def vww_mobilenet() -> Task:
     """Is a person in the picture: MobileNet v1 of a quarter width (216,322 parameters), 1,000 pictures, 85.3% right."""
     weights = "mlperf_tiny/vww_mobilenetv1_025_96.safetensors"
@@ -135,7 +135,7 @@ def reconstruction_loss(output: Any, batch: Any) -> Tensor:
     return nn.functional.mse_loss(first(output), batch["x"])
 
 
-@ready_made("ad-autoencoder")
+@ready_made("ad-autoencoder", variables=(DATA,))
 def ad_autoencoder() -> Task:
     """Anomalous sounds of toy cars by an autoencoder (MLPerf Tiny, 267,928 parameters), 248 clips, AUC 0.880."""
     weights = "mlperf_tiny/ad_autoencoder.safetensors"

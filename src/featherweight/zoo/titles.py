@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.task import Task, ready_made
 from .metrics import bits_per_character
-from .source import Source
+from .source import DATA, Source
 from .splits import apart
 
 VERSION = 1
@@ -49,7 +49,7 @@ def windows(ids: Tensor) -> Tensor:
     return torch.nn.functional.pad(ids[:-1], (WINDOW - 1, 0)).unfold(0, WINDOW, 1)
 
 
-@ready_made("titles-lstm")
+@ready_made("titles-lstm", variables=(DATA,))
 def titles_lstm() -> Task:
     """A character LSTM of titles (textgenrnn, 462,717 parameters), 150 Hacker News titles, 2.560 bits a character."""
     source = Source("titles-lstm", WEIGHTS, VOCABULARY, TITLES, "nets.py")
