@@ -212,7 +212,7 @@ def test_a_stored_weight_that_no_layer_reads_is_named(name: str, tmp_path: Path)
 
 
 def test_the_model_is_left_as_it_was(exported: Callable[[str], Exported]) -> None:
-    case, model, _ = exported("recurrent")
+    _, model, _ = exported("recurrent")
     torch.manual_seed(0)
     again = copy.deepcopy(CASES["recurrent"]().model)
     STORE["recurrent"](again)

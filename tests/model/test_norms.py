@@ -69,7 +69,9 @@ def test_a_weight_that_is_used_twice_keeps_its_norm():
 
 def test_the_formula_against_plain_numbers():
     weight, bias = folded(
-        torch.tensor([[2.0], [3.0]]), torch.tensor([1.0, 1.0]),
-        (torch.tensor([2.0, 1.0]), torch.tensor([0.0, 5.0]), torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0]), 0.0), 0,
-    )  # fmt: skip
+        torch.tensor([[2.0], [3.0]]),
+        torch.tensor([1.0, 1.0]),
+        (*(torch.tensor(pair) for pair in ([2.0, 1.0], [0.0, 5.0], [1.0, 0.0], [4.0, 1.0])), 0.0),
+        0,
+    )
     assert weight.flatten().tolist() == [2.0, 3.0] and bias.tolist() == [0.0, 6.0]

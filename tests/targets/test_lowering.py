@@ -72,8 +72,9 @@ def test_clipping_is_dropped_only_where_it_changes_no_integer(
         ((0.0, math.inf), np.uint8(0), True),
         ((0.0, math.inf), np.int8(-128), True),
         ((0.0, math.inf), np.uint8(3), False),
-    ]
-    + [((0.0, 6.0), np.uint8(0), True), ((0.0, 5.0), np.uint8(0), False)],
+        ((0.0, 6.0), np.uint8(0), True),
+        ((0.0, 5.0), np.uint8(0), False),
+    ],
 )
 def test_relu_and_relu6_are_dropped_where_the_grid_ends_with_them(
     limits: tuple[float, float], zero: np.ndarray, alike: bool

@@ -44,7 +44,7 @@ class Context:
 
     @cached_property
     def teacher(self) -> nn.Module:
-        """The user's own model, in evaluation mode, on the device (a copy where that is not where the user keeps it)."""
+        """The user's own model, in evaluation mode, on the device (a copy if the user keeps it elsewhere)."""
         original = self.task.original
         places = {parameter.device.type for parameter in original.parameters()}
         return original if places <= {self.device.type} else copy.deepcopy(original).to(self.device)

@@ -121,6 +121,6 @@ def fold(model: nn.Module) -> nn.Module:
             del module.parametrizations
             module.__class__ = kind
             for name, value in values.items():
-                # by assignment, not register_parameter: a recurrent layer keeps a list of its weights up to date that way
+                # assigned, not registered: that keeps the list of weights of a recurrent layer up to date
                 setattr(module, name, nn.Parameter(value, requires_grad=trainable[name]))
     return plain

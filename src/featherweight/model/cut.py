@@ -97,7 +97,8 @@ def describe_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         stated = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
     elif isinstance(module, nn.RNNBase):
-        stated = {"input_size": module.weight_ih_l0.shape[1], "hidden_size": module.weight_hh_l0.shape[1]}
+        inner, outer = module.get_parameter("weight_ih_l0"), module.get_parameter("weight_hh_l0")
+        stated = {"input_size": inner.shape[1], "hidden_size": outer.shape[1]}
     elif isinstance(module, nn.PReLU):
         stated = {"num_parameters": weight.shape[0]}
     elif type(module).__name__ == "Conv1D" and hasattr(
