@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featherweight.core.run import Budget
-from featherweight.search.choose import Figures, choose, distance, excess, front, meets, surely_meets, too_small
+from featherweight.search.choose import (
+    Figures,
+    choose,
+    contenders,
+    distance,
+    excess,
+    front,
+    meets,
+    surely_meets,
+    too_small,
+)
 
 BAR = Budget(objective="latency", max_drop=0.5)
 
@@ -43,6 +53,18 @@ def test_latencies_within_noise_are_tied_and_the_smaller_file_wins() -> None:
         2: figures(latency=1.2, size=1),
     }
     assert choose(noisy, BAR) == 1  # however noisy, ties are no wider than 10%
+
+
+def test_only_what_is_near_the_fastest_is_run_side_by_side() -> None:
+    tried = {
+        0: figures(latency=1.0),
+        1: figures(latency=1.09),
+        2: figures(latency=1.2),
+        3: figures(latency=0.5, drop=3),
+    }
+    assert contenders(tried, BAR) == [0, 1]
+    assert contenders({place: figures(latency=1 + place / 100) for place in range(9)}, BAR) == [0, 1, 2]
+    assert contenders({0: figures(drop=3)}, BAR) == []
 
 
 def test_equal_files_are_told_apart_by_the_drop_and_then_by_order() -> None:

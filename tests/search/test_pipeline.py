@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from featherweight.core.errors import (
     RecipeError,
     TaskError,
 )
+from featherweight.core.progress import Progress
 from featherweight.core.recipe import Recipe
 from featherweight.core.run import Budget, Run
 from featherweight.core.target import Artifact
@@ -237,6 +239,23 @@ def test_no_training_is_begun_that_cannot_end(out: Path, monkeypatch: pytest.Mon
     assert run.candidates and not any("tiny.heal" in str(candidate.recipe) for candidate in run.candidates)
 
 
+def test_where_latency_counts_the_fastest_are_timed_side_by_side(out: Path) -> None:
+    said = Said()
+    with patch("featherweight.search.choose.MOST_NOISE", 9.0):
+        run = searched(out, Budget(objective="latency", max_drop=20.0), trials=4, progress=said)
+    assert "the 3 fastest side by side" in said.lines
+    done = [candidate for candidate in run.candidates if candidate.state == "done"]
+    assert len(done) == 3 and all(candidate.latency_ms for candidate in done) and not list(out.glob(".work*"))
+
+
+class Said(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def test_energy_as_the_objective(out: Path) -> None:
     run = searched(out, Budget(objective="energy", max_drop=5.0), trials=3)
     figures = {candidate.number: candidate.energy_mj for candidate in run.candidates if candidate.state == "done"}
@@ -249,9 +268,9 @@ def full(*_: Any, **__: Any) -> None:
 
 
 def test_a_disk_that_fills_up_at_the_end_loses_no_trial(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(finish.skeleton, "save", full)
-        patch.setattr("featherweight.search.store.Store.put", lambda *_: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(finish.skeleton, "save", full)
+        patched.setattr("featherweight.search.store.Store.put", lambda *_: None)
         with pytest.raises(OutputError, match="no space left on device"):
             searched(out, trials=3)
     assert not (out / "run.json").exists() and (out / "study.db").exists()
@@ -260,8 +279,8 @@ def test_a_disk_that_fills_up_at_the_end_loses_no_trial(out: Path, monkeypatch: 
 
 
 def test_a_disk_that_fills_up_in_a_trial_is_no_fault_of_the_recipe(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("featherweight.search.judge.Judge.judge", full)
+    with monkeypatch.context() as patched:
+        patched.setattr("featherweight.search.judge.Judge.judge", full)
         with pytest.raises(OutputError, match="no space left on device"):
             searched(out, trials=3)
     run = searched(out, trials=3)

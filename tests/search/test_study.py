@@ -42,13 +42,14 @@ def go_on(study: Study, space: Space, count: int) -> None:
         study.tell(running, ended(running, size), size, CONSTRAINTS if size is not None else None)
 
 
-def test_interrupted_anywhere_the_same_recipes_follow(tmp_path: Path) -> None:
+def test_interrupted_anywhere_the_same_recipes_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featherweight.search.study.STARTUP", 3)
     with registered(Narrow, Heal, Round):
         space = space_for(task(), Tiny())
         calm = Study(tmp_path / "calm.db", 3)
-        go_on(calm, space, 18)
+        go_on(calm, space, 9)
         path = tmp_path / "broken.db"
-        for count in (4, 9, 14):
+        for count in (2, 6):
             go_on(Study(path, 3), space, count)
             Study(path, 3).study.ask()  # killed before it had a recipe
             asked = Study(path, 3)
@@ -57,13 +58,13 @@ def test_interrupted_anywhere_the_same_recipes_follow(tmp_path: Path) -> None:
             again = Study(path, 3).left_over()
             assert again is not None and again.recipe == running.recipe and again.index == running.index == count
         broken = Study(path, 3)
-        go_on(broken, space, 18)
+        go_on(broken, space, 9)
         other = Study(tmp_path / "other.db", 4)
-        go_on(other, space, 18)
+        go_on(other, space, 4)
     digests = [trial.digest for trial in calm.finished()]
     assert [trial.digest for trial in broken.finished()] == digests
-    assert [trial.index for trial in broken.finished()] == list(range(18))
-    assert [trial.digest for trial in other.finished()] != digests
+    assert [trial.index for trial in broken.finished()] == list(range(9))
+    assert [trial.digest for trial in other.finished()] != digests[:4]
 
 
 def test_failures_are_kept_with_their_reason_and_never_reach_the_sampler(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .study import Study, Trial
 
 SHARES = 4  # trained trials that the time for searching should allow
 ENOUGH = 0.3  # of the longest training, for a trial to be worth its time
+HEAT = 1.5  # trials' worth of time for the fastest few side by side
 SLACK = 1.1  # estimates are upper ones, so that a trial may be started that needs this much of what is left
 LONGEST_STEPS = 2000  # of training in one step of a recipe, where the data set is so small that its epochs are short
 LAUNCHES = 8  # processes that the axis memory starts, and one to spare
@@ -42,12 +43,16 @@ class Allowance:
         trials = self.study.finished()
         return self.limited and bool(trials) and self.left() < self.overhead()
 
+    def fits_heat(self) -> bool:
+        """Whether there is time to export the fastest few again and to time them side by side."""
+        return not self.limited or self.left() > -HEAT * self.overhead()
+
     def left(self) -> float:
         """Seconds left for trials. Set aside: the artifact after each step, accuracy on the test split, the other
         axes.
         """
         axes = AXES_SECONDS + LAUNCHES * launch_seconds() + TIMED_RUNS * 2 * self.judge.latency_ms / 1e3
-        return self.clock.left - axes - 3 * self.overhead() - 2 * self._test_seconds()
+        return self.clock.left - axes - (3 + HEAT) * self.overhead() - 2 * self._test_seconds()
 
     def overhead(self) -> float:
         """Seconds that a trial takes apart from training: the median of those that did not train, else what the

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ..core.run import Budget
 
 LATENCY_NOISE = 0.03  # two loads of one file on a quiet machine differ by this much
+MOST_CONTENDERS = 3
 MOST_NOISE = 0.1  # on a busy machine, ties are still no wider than this
 
 
@@ -81,14 +82,30 @@ def choose(tried: Mapping[int, Figures], budget: Budget) -> int:
     of the two intervals together, but from 3% to 10%) count as tied; ties go to the smaller file, then to the smaller
     drop, then to the recipe that was tried first. Size, energy and accuracy are compared as they are.
     """
-    group = {number: figures for number, figures in tried.items() if meets(figures, budget)}
+    group = eligible(tried, budget)
     if not group:
         return min(tried, key=lambda number: (distance(tried[number], budget), value(tried[number], budget), number))
-    if not too_small(group, budget):
-        group = {number: figures for number, figures in group.items() if surely_meets(figures, budget)} or group
     best = min(group, key=lambda number: (value(group[number], budget), number))
     tied = [number for number in group if _tied(group[best], group[number], budget)]
     return min(tied, key=lambda number: (group[number].bytes, group[number].drop, number))
+
+
+def eligible(tried: Mapping[int, Figures], budget: Budget) -> dict[int, Figures]:
+    """The candidates that `choose` chooses from if any meets the bar; empty if none does."""
+    group = {number: figures for number, figures in tried.items() if meets(figures, budget)}
+    if too_small(group, budget):
+        return group
+    return {number: figures for number, figures in group.items() if surely_meets(figures, budget)} or group
+
+
+def contenders(tried: Mapping[int, Figures], budget: Budget) -> list[int]:
+    """The candidates whose latency is so near the fastest eligible one's that only a run side by side can tell; the
+    fastest first.
+    """
+    group = eligible(tried, budget)
+    order = sorted(group, key=lambda number: (group[number].latency_ms, number))
+    near = [number for number in order if group[number].latency_ms <= group[order[0]].latency_ms * (1 + MOST_NOISE)]
+    return near[:MOST_CONTENDERS]
 
 
 def too_small(group: Mapping[int, Figures], budget: Budget) -> bool:

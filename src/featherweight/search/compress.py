@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..core.errors import FeatherweightError, Infeasible, OutputError
-from ..core.run import Budget, Candidate
+from ..core.errors import FeatherweightError, OutputError
+from ..core.run import Budget
 from .allowance import Allowance
-from .choose import choose, excess, front, meets, value
+from .choose import excess, meets, value
 from .clock import Clock
 from .judge import Judge
 from .output import disk_reason
@@ -120,55 +119,6 @@ class Search:
         name, met = self.judge.task.metric.name, "meets" if meets(figures, self.budget) else "misses"
         found = f"{name} {figures.accuracy:.4g} ({figures.drop:+.3g} lost), {figures.bytes:,} bytes"
         return f"{found}, {figures.latency_ms:.3g} ms; {met} the bar"
-
-
-def settle(search: Search) -> tuple[Trial, list[Candidate], bool]:
-    """The chosen trial, every recipe that was tried as a candidate, and whether the chosen one only came nearest to
-    the bar.
-
-    Raises `Infeasible` if no recipe could be measured at all.
-    """
-    trials = list(_unique(search.study.finished()))
-    tried = {trial.index: trial.figures for trial in trials if trial.figures is not None}
-    if not tried:
-        reasons = "; ".join(
-            f"{trial.recipe['steps'] and trial.recipe['steps'][-1]['kind']}: {trial.reason}" for trial in trials[:2]
-        )
-        raise Infeasible(
-            f"none of {len(trials)} recipes could be run ({reasons or 'none was proposed'}); no artifact was made"
-        )
-    chosen = choose(tried, search.budget)
-    return (
-        next(trial for trial in trials if trial.index == chosen),
-        [_candidate(trial, search.budget, front(tried), chosen) for trial in trials],
-        not meets(tried[chosen], search.budget),
-    )
-
-
-def _candidate(trial: Trial, budget: Budget, best: set[int], chosen: int) -> Candidate:
-    found = Candidate(
-        number=trial.index, recipe=trial.recipe, state=trial.state, reason=trial.reason, seconds=trial.seconds
-    )
-    if (figures := trial.figures) is None:
-        return found
-    measured = figures.model_dump(exclude={"latency_noise"})
-    return found.model_copy(
-        update={
-            **measured,
-            "feasible": meets(figures, budget),
-            "front": trial.index in best,
-            "chosen": trial.index == chosen,
-        }
-    )
-
-
-def _unique(trials: list[Trial]) -> Iterator[Trial]:
-    """The trials without those that repeat an earlier recipe, and without empty ones."""
-    seen: set[str] = set()
-    for trial in trials:
-        if trial.digest not in seen and trial.recipe["steps"]:
-            yield trial
-        seen.add(trial.digest)
 
 
 def _reason(error: Exception) -> str:

@@ -34,7 +34,7 @@ from .store import Store, build
 Loads = list[np.ndarray]  # for each time that an artifact was loaded: seconds, rounds x runs
 
 RESAMPLES = 400
-TIMING_SECONDS = 1.0  # for all artifacts that are timed side by side
+TIMING_SECONDS = 1.0  # for two artifacts that are timed side by side
 LOADS = 3  # of each artifact, when it is timed
 ORIGINAL = "original"
 
@@ -123,7 +123,7 @@ class Judge:
         return repeat(
             lambda: {name: one_input(item) for name, item in artifacts.items()},
             LOADS,
-            TIMING_SECONDS,
+            TIMING_SECONDS * max(1, len(artifacts) / 2),
             self.job.seed,
         )
 

@@ -20,10 +20,11 @@ from ..core.target import Target
 from ..core.task import Task, find_task
 from ..measure.read import DEFAULT
 from .clock import Clock
-from .compress import Search, settle
+from .compress import Search
 from .finish import Axes, Ending, finish, reread, write_run
 from .judge import Job, Judge
 from .output import RUN, STUDY, claim, disk_guard, finished
+from .settle import settle
 from .store import Store
 from .study import Study
 
@@ -96,9 +97,9 @@ def compress(
         judge = _judge(task, target, out, seed, progress)
         search = Search(judge, study, budget, watch, trials)
         search.run()
-        chosen, candidates, nearest = settle(search)
-        end = Ending(judge, budget, axes, candidates, command, nearest, started=started - watch.spent)
-        run = finish(Recipe(chosen.recipe["steps"]), end)
+        settled = settle(search)
+        end = Ending(judge, budget, axes, settled.candidates, command, settled.nearest, started=started - watch.spent)
+        run = finish(settled.recipe, end)
         study.keep("limits", [limit, trials])
         return run
 

@@ -23,7 +23,7 @@ from .space import Params
 
 NAME = "featherweight"
 STARTUP = 12  # trials before the sampler models what it has seen
-INDEX, RECIPE, RESULT = "index", "recipe", "result"
+ASKED, RESULT = "asked", "result"
 
 
 class Trial(BaseModel):
@@ -97,11 +97,10 @@ class Study:
         """The trial that a killed run was working on, to be run again; trials that had no recipe yet are dropped."""
         found = None
         for trial in self._trials(TrialState.RUNNING):
-            if RECIPE in trial.user_attrs and found is None:
-                attrs = trial.user_attrs
-                found = Running(
-                    number=trial.number, index=attrs[INDEX], recipe=Recipe(attrs[RECIPE]["steps"]), plan=attrs["plan"]
-                )
+            if ASKED in trial.user_attrs and found is None:
+                asked = trial.user_attrs[ASKED]
+                recipe = Recipe(asked["recipe"]["steps"])
+                found = Running(number=trial.number, index=asked["index"], recipe=recipe, plan=asked["plan"])
             else:
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return found
@@ -114,9 +113,7 @@ class Study:
             self.study.enqueue_trial(fixed)
         trial = self.study.ask()
         recipe = suggest(trial)
-        trial.set_user_attr(INDEX, index)
-        trial.set_user_attr("plan", plan)
-        trial.set_user_attr(RECIPE, recipe.dump())
+        trial.set_user_attr(ASKED, {"index": index, "plan": plan, "recipe": recipe.dump()})
         return Running(number=trial.number, index=index, recipe=recipe, plan=plan)
 
     def tell(
