@@ -103,7 +103,7 @@ class Artifact:
         return target(settings.pop("name"), **settings)
 
     def bytes(self) -> int:
-        """Size of what must be shipped to run it: the runtime's folder, or file with what lies beside it by its name."""
+        """Size of what must be shipped to run it: the folder, or the file with what lies beside it by its name."""
         if self.file.is_dir():
             return folder_size(self.file)
         return self.file.stat().st_size + sum(file.stat().st_size for file in self.folder.glob(f"{self.file.name}.*"))
