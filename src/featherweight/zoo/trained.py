@@ -14,13 +14,13 @@ from ..core.fit import Training
 from ..core.task import Task
 from .source import cached, version_of_torch
 
-THREADS = 2  # a fixed number: sums over another number of threads round otherwise
+THREADS = 1  # a fixed number: sums over another number round otherwise; one thread is not slowed by a busy machine
 
 
 def trained(task: Task, make: Callable[[], nn.Module], training: Training, seed: int = 0) -> Callable[[], nn.Module]:
     """A function that gives `make()` trained on `task`'s training data by its loss.
 
-    The first call trains on the CPU with two threads; later ones read the weights from the cache, in which
+    The first call trains on one thread of the CPU; later ones read the weights from the cache, in which
     `task.fingerprint` stands for the data.
     """
 
