@@ -44,7 +44,8 @@ class DistillLogits(Step, Schedule, kind="distill.logits"):
     def full(self) -> dict[str, Any]:
         """Kind and settings, and what the teachers' folders hold, so that another teacher is another recipe."""
         pages = {spec: Path(spec) / skeleton.PAGE for spec in self.teachers}
-        return super().full() | {"folders": {spec: file_digest(page) for spec, page in pages.items() if page.is_file()}}
+        folders = {spec: file_digest(page) for spec, page in pages.items() if page.is_file()}
+        return super().full() | ({"folders": folders} if folders else {})
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         teachers = [ctx.teacher, *(_teacher(spec, ctx) for spec in self.teachers)]
