@@ -1,5 +1,6 @@
 """The commands: what they print, where, and with which exit code."""
 
+import contextlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from featherweight.core.run import Run
 from featherweight.core.step import Step
 from featherweight.core.target import Target
 from featherweight.core.task import zoo
-from featherweight.terminal import gains_table
+from featherweight.terminal import Bars, console, gains_table
 
 TASKS = str(Path(__file__).parent / "tiny_tasks.py")
 COMMANDS = ["demo", "compress", "apply", "measure", "report", "methods", "targets", "axes", "tasks"]
@@ -295,3 +296,17 @@ def printed(table: Table) -> str:
     out.print(table)
     assert isinstance(out.file, io.StringIO)
     return out.file.getvalue()
+
+
+def test_an_interruption_that_a_destructor_swallows_is_repeated_by_the_next_progress() -> None:
+    class Swallows:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with Bars(console(stderr=True)) as progress:
+        with contextlib.suppress(KeyboardInterrupt):  # where the exception is dropped depends on the interpreter
+            Swallows()
+        with pytest.raises(KeyboardInterrupt):
+            progress.say("going on")
+    assert signal.getsignal(signal.SIGINT) is before

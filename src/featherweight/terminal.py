@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
@@ -59,13 +61,29 @@ class Bars(Progress):
             *columns, console=console, auto_refresh=False, transient=True, disable=not console.is_terminal
         )
         self.drawn = 0.0
+        self.interrupted = False
+        self.before: Any = None
 
     def __enter__(self) -> Bars:
+        self.interrupted = False
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._interrupt)
         self.bars.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.bars.stop()
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _interrupt(self, *_: Any) -> None:
+        """Ctrl-C. Python drops the exception if it falls into a destructor, so the next progress repeats it."""
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def _go_on(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def track(self, items: Iterable[Any], text: str, total: int | None = None) -> Iterator[Any]:
         if total is None and isinstance(items, Sized):
@@ -74,6 +92,7 @@ class Bars(Progress):
         try:
             for item in items:
                 yield item
+                self._go_on()
                 self.bars.update(task, advance=1)
                 self._draw()
         finally:
@@ -81,6 +100,7 @@ class Bars(Progress):
             self._draw()
 
     def say(self, text: str) -> None:
+        self._go_on()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self) -> None:
