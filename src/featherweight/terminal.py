@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 REDRAW_SECONDS = 0.2
 PIPE_WIDTH = 120
+LABEL_WIDTH = 28  # so that wide intervals do not break the names of the figures
 COLOURS = {"better": "green", "worse": "red"}
 DETAILS = (
     "p95_ms",
@@ -158,6 +159,7 @@ def show_run(out: Console, run: Run, folder: Path, details: bool = False) -> Non
 def gains_table(run: Run, details: bool = False) -> Table:
     """Original against compressed, a row for each figure and condition; `details` adds the tails and the intervals."""
     table = Table("", "original", "compressed", "change", padding=(0, 2))
+    table.columns[0].min_width = LABEL_WIDTH
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for row in compare.rows(run.readings, run.metric["name"], run.metric["higher_is_better"]):
