@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from featherweight.core.soft import fold
 from featherweight.core.target import Artifact, target
+from featherweight.model.port import Port
 from featherweight.targets.onnxruntime.activations import cuts_alike
 from featherweight.targets.onnxruntime.biases import integer_bias
 from featherweight.targets.onnxruntime.edit import Grid
@@ -67,19 +68,17 @@ def test_clipping_is_dropped_only_where_it_changes_no_integer(
 
 
 @pytest.mark.parametrize(
-    ("limits", "zero", "alike"),
+    ("high", "zero", "alike"),
     [
-        ((0.0, math.inf), np.uint8(0), True),
-        ((0.0, math.inf), np.int8(-128), True),
-        ((0.0, math.inf), np.uint8(3), False),
-        ((0.0, 6.0), np.uint8(0), True),
-        ((0.0, 5.0), np.uint8(0), False),
+        (math.inf, np.uint8(0), True),
+        (math.inf, np.int8(-128), True),
+        (math.inf, np.uint8(3), False),
+        (6.0, np.uint8(0), True),
+        (5.0, np.uint8(0), False),
     ],
 )
-def test_relu_and_relu6_are_dropped_where_the_grid_ends_with_them(
-    limits: tuple[float, float], zero: np.ndarray, alike: bool
-) -> None:
-    assert cuts_alike(*limits, Grid(np.float32(6 / 255), zero, None)) is alike
+def test_relu_and_relu6_are_dropped_where_the_grid_ends_with_them(high: float, zero: np.ndarray, alike: bool) -> None:
+    assert cuts_alike(0.0, high, Grid(np.float32(6 / 255), zero, None)) is alike
 
 
 def test_varying_names_the_dimensions_that_are_not_constant() -> None:
@@ -172,6 +171,26 @@ def test_one_dynamic_quantization_serves_all_layers_that_read_a_value(tmp_path: 
     integer = artifact.manifest.evidence["integer_kernels"]
     assert integer == {"DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 3}
     assert artifact.manifest.work.integer_macs == artifact.manifest.work.macs == 5 * 3 * 16 * 8 + 8 * 4
+    assert artifact.manifest.agreement.relative < 1e-5
+
+
+def test_static_layers_on_sequences_take_their_bias_into_the_kernel(tmp_path: Path) -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.port, self.up, self.down = Port(0.02, 128), nn.Linear(8, 16), nn.Linear(16, 4, bias=False)
+            self.hidden = Port(0.02, 100)
+            keep_as(self.up, "weight")
+            keep_as(self.down, "weight", "uint8", axis=None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.hidden(torch.tanh(self.up(self.port(x)))))
+
+    artifact = target("onnxruntime").export(Sequence().eval(), {"x": torch.randn(2, 5, 8)}, tmp_path / "out")
+    assert kinds(artifact).count("MatMulIntegerToFloat") == 2
+    assert "Add" not in kinds(artifact)
+    assert artifact.manifest.evidence["integer_layers"] == ["down.weight", "up.weight"]
+    assert artifact.manifest.work.integer_macs == artifact.manifest.work.macs == 5 * (8 * 16 + 16 * 4)
     assert artifact.manifest.agreement.relative < 1e-5
 
 

@@ -106,7 +106,11 @@ def pad_channels(edit: Editor) -> None:
         if found is None or weight is None or weight.per_channel not in (None, 0):
             continue
         outputs, channels = weight.integers.shape[:2]
-        if channels % CHANNELS and outputs >= LEAST_OUT and outputs % CHANNELS == 0 and not weight.grid.zero.any():
+        missing = -channels % CHANNELS
+        packed = outputs >= LEAST_OUT and outputs % CHANNELS == 0 and not weight.grid.zero.any()
+        if (
+            packed and 0 < missing <= channels // 2
+        ):  # more than half as much work again is not worth it: one channel was slower
             _pad_channels(edit, node, found, weight)
 
 

@@ -48,10 +48,13 @@ class Editor:
             old.name = spare
 
     def insert(self, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-        """A new node in front of `before`; gives its output."""
+        """A new node in front of `before`; gives its output. ONNX Runtime's own operators are "com.microsoft.NAME"."""
         from onnxscript import ir
 
-        node = ir.node(kind, inputs, attributes)
+        domain, _, kind = kind.rpartition(".")
+        if domain:
+            self.graph.opset_imports[domain] = 1
+        node = ir.node(kind, inputs, attributes, domain=domain)
         self.graph.insert_before(before, node)
         return node.outputs[0]
 

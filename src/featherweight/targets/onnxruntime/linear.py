@@ -10,6 +10,7 @@ from .biases import output_axis, plain_product
 from .edit import (
     Editor,
     StoredWeight,
+    array,
     first,
     made_by,
     only_user,
@@ -24,6 +25,44 @@ if TYPE_CHECKING:
     from onnxscript import ir
 
 FLOAT = 1  # ONNX's number for float32
+
+
+def multiply_static(edit: Editor) -> None:
+    """Turn products of a quantized value of three or more dimensions with stored integers into MatMulIntegerToFloat.
+
+    ONNX Runtime makes that operator by itself, but leaves the bias to an addition, which cost up to 6% of the time of a
+    transformer. Products that are quantized again at once keep their form: they become QLinearMatMul.
+    """
+    for node in list(edit.graph):
+        given = quantized_activation(first(node)) if node.op_type == "MatMul" else None
+        weight = None if given is None else stored_weight(operand(node, 1))
+        if given is None or weight is None or weight.integers.ndim != 2 or rank(first(node)) in (None, 2):
+            continue
+        if weight.per_channel in (None, 1) and not _quantized_next(node):
+            _multiply_static(edit, node, given[0], weight)
+
+
+def _quantized_next(node: ir.Node) -> bool:
+    user = only_user(node.outputs[0])
+    return user is not None and user.op_type == "QuantizeLinear"
+
+
+def _multiply_static(edit: Editor, node: ir.Node, given: ir.Node, weight: StoredWeight) -> None:
+    user, bias = only_user(node.outputs[0]), None
+    if user is not None and user.op_type == "Add":
+        bias = next((value for value in user.inputs if _is_bias(value, weight.integers.shape[1])), None)
+    zero = weight.node.inputs[2] if weight.grid.zero.any() else None
+    inputs = [first(given), weight.value, given.inputs[1], weight.node.inputs[1], operand(given, 2), zero, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    result = edit.insert(node, "com.microsoft.MatMulIntegerToFloat", inputs)
+    replaced = node if bias is None or user is None else user
+    edit.take_over(replaced.outputs[0], result)
+
+
+def _is_bias(value: ir.Value | None, length: int) -> bool:
+    held = array(value)
+    return held is not None and held.shape == (length,) and held.dtype == np.float32
 
 
 def multiply_dynamic(edit: Editor) -> None:

@@ -12,7 +12,7 @@ from .activations import drop_clipping, make_signed, move_behind
 from .biases import quantize_biases
 from .convolution import absorb_padding, merge_slices, pad_channels, pool_means
 from .edit import Editor
-from .linear import look_up, multiply_dynamic, restore_floats
+from .linear import look_up, multiply_dynamic, multiply_static, restore_floats
 from .shrink import shrink
 from .weights import place, weights_in
 
@@ -37,6 +37,7 @@ def lower(model: ir.Model, stored: dict[str, Encoding], parameters: set[str], si
     merge_slices(edit)
     absorb_padding(edit)
     multiply_dynamic(edit)
+    multiply_static(edit)
     look_up(edit)
     quantize_biases(edit)
     if not signed:

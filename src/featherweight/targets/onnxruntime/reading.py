@@ -24,7 +24,20 @@ from .weights import weights_in
 if TYPE_CHECKING:
     import onnx
 
-PRODUCTS = frozenset({"Conv", "ConvInteger", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "LSTM", "GRU", "RNN"})
+PRODUCTS = frozenset(
+    {
+        "Conv",
+        "ConvInteger",
+        "ConvTranspose",
+        "Gemm",
+        "MatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "LSTM",
+        "GRU",
+        "RNN",
+    }
+)
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # their third operand is a bias
 FLOAT_KERNELS = frozenset(
     {
