@@ -17,7 +17,7 @@ from .judge import Judge
 from .study import Study, Trial
 
 SHARES = 4  # trained trials that the time for searching should allow
-ENOUGH = 0.3  # of the longest training, for a trial to be worth its time
+ENOUGH = 0.15  # of the longest training, for a trial to be worth its time
 HEAT = 1.5  # trials' worth of time for the fastest few side by side
 SLACK = 1.1  # estimates are upper ones, so that a trial may be started that needs this much of what is left
 LONGEST_STEPS = 2000  # of training in one step of a recipe, where the data set is so small that its epochs are short
@@ -39,9 +39,10 @@ class Allowance:
         return self.clock.limit is not None
 
     def over(self) -> bool:
-        """Whether not even a trial without training fits any more; the first trial is always allowed."""
-        trials = self.study.finished()
-        return self.limited and bool(trials) and self.left() < self.overhead()
+        """Whether not even a trial without training fits any more; until one is done, only the whole time counts."""
+        if any(trial.state == "done" for trial in self.study.finished()):
+            return self.limited and self.left() < self.overhead()
+        return self.limited and self.clock.left <= 0
 
     def fits_heat(self) -> bool:
         """Whether there is time to export the fastest few again and to time them side by side."""

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from ..core.metric import Records
 from ..core.progress import Progress
 from ..core.recipe import Recipe
 from ..core.record import StepRecord
-from ..core.target import Artifact, Runner, Target
+from ..core.target import Artifact, Target
 from ..core.task import Split, Task
+from ..measure.inputs import free_inputs, sized
 from ..measure.statistics import Estimate, speedup
 from ..measure.timing import Call, repeat
 from .choose import Figures
@@ -73,6 +75,17 @@ class Job:
         return "validate" if self.task.has("validate") else "test"
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """The original on the split where choices are made: records, p50 of one input in milliseconds, seconds of the
+    pass.
+    """
+
+    records: Records
+    latency_ms: float
+    seconds: float
+
+
 class Judge:
     """Measures candidates against the original, whose artifact and whose records are made once and kept in the output
     folder.
@@ -83,11 +96,9 @@ class Judge:
         started = time.perf_counter()
         job.progress.say("the original: export and validation")
         self.original = self._original()
-        before = time.perf_counter()
-        self.records = self._baseline()
-        self.validation_seconds = time.perf_counter() - before
+        baseline = self._baseline()
+        self.records, self.latency_ms, self.validation_seconds = baseline.records, baseline.latency_ms, baseline.seconds
         self.accuracy = self.task.metric.reduce(self.records)
-        self.latency_ms = p50(self.time({ORIGINAL: self.original})[ORIGINAL])
         self.seconds = time.perf_counter() - started
 
     def judge(self, recipe: Recipe, energy: bool = False) -> Figures:
@@ -142,15 +153,21 @@ class Judge:
                 self.job.progress.say(f"the original is exported again ({error})")
         return self.job.export(self.task.fresh(), Recipe(), folder)
 
-    def _baseline(self) -> Records:
-        path = work_folder(self.job.out, BASELINE)
+    def _baseline(self) -> Baseline:
+        """What was measured of the original, once for all runs in the folder: every candidate is compared with the
+        same figures.
+        """
+        path = self.job.out / BASELINE
         if path.is_file():
             with np.load(path, allow_pickle=False) as file:
-                return file["records"]
+                return Baseline(file["records"], float(file["latency_ms"]), float(file["seconds"]))
+        started = time.perf_counter()
         found = self.validate(self.original)
+        seconds = time.perf_counter() - started
+        baseline = Baseline(found, p50(self.time({ORIGINAL: self.original})[ORIGINAL]), seconds)
         with whole_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, records=found)
-        return found
+            np.savez(file, records=found, latency_ms=baseline.latency_ms, seconds=seconds)
+        return baseline
 
     def _energy(self, artifact: Artifact) -> float:
         bench = Bench(self.task, self.original, artifact, split=self.job.split, seed=self.job.seed)
@@ -169,14 +186,8 @@ def artifact_records(task: Task, artifact: Artifact, split: Split, progress: Pro
 def one_input(artifact: Artifact) -> Call:
     """A call that runs `artifact` on one real input, on one thread."""
     runner = artifact.open(threads=1)
-    session, given = runner.session, runner.prepare(**first_of(artifact, runner))
-    return lambda: session(**given)
-
-
-def first_of(artifact: Artifact, runner: Runner) -> dict[str, np.ndarray]:
-    """The first of the artifact's own example inputs; an input whose first dimension is fixed goes in as it is."""
-    free = {item.name: item.shape[:1] == [-1] for item in runner.manifest.inputs}
-    return {name: array[:1] if free[name] else array for name, array in artifact.example().items()}
+    given = sized(runner.prepare(**artifact.example()), free_inputs(runner.manifest), 1)
+    return partial(runner.session, **given)
 
 
 def p50(samples: Loads) -> float:

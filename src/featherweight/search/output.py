@@ -16,7 +16,7 @@ from ..core.files import write_json
 JOB, RUN, STUDY = "job.json", "run.json", "study.db"
 WORK, LOCK = ".work", ".lock"
 MADE = ("original", "artifact", "model", "recipe.yaml", "readings.json")
-BASELINE = "baseline.npz"  # in the working folder; the one file there that the next run of the same job still needs
+BASELINE = ".baseline.npz"  # what was measured of the original; the next run of the same job compares with the same
 FULL = (  # how libraries say that the disk is full; the last two, ONNX Runtime and torch, do not say why
     "no space left on device",
     "database or disk is full",
@@ -143,9 +143,8 @@ def _lock(out: Path) -> Iterator[None]:
 
 def _clear(out: Path) -> None:
     """Remove what a killed run left half written: candidates in work, and temporary names."""
-    working = list((out / WORK).iterdir()) if (out / WORK).is_dir() else []
-    stale = [path for path in working if path.name != BASELINE]
-    stale += [path for path in out.iterdir() if path.name.startswith(".") and path.suffix in (".part", ".old")]
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    stale = [path for path in out.iterdir() if path.name.startswith(".") and path.suffix in (".part", ".old")]
     for path in stale:
         if path.is_dir():
             shutil.rmtree(path)
@@ -155,7 +154,7 @@ def _clear(out: Path) -> None:
 
 def _abandon(out: Path, existed: bool) -> None:
     """Remove what a run made that failed before anything was finished; `out` can be used for another job then."""
-    for name in (*MADE, WORK, JOB, LOCK):
+    for name in (*MADE, BASELINE, WORK, JOB, LOCK):
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
