@@ -26,7 +26,14 @@ def trained(task: Task, make: Callable[[], nn.Module], training: Training, seed:
 
     def model() -> nn.Module:
         made = initial(make, seed)
-        key: list[object] = [task.fingerprint, str(made), training.model_dump(mode="json"), seed, version_of_torch()]
+        key: list[object] = [
+            task.fingerprint,
+            str(made),
+            training.model_dump(mode="json"),
+            seed,
+            THREADS,
+            version_of_torch(),
+        ]
         made.load_state_dict(cached(f"{task.name}-weights", key, lambda: fitted(task, made, training, seed)))
         return made.eval()
 
