@@ -9,6 +9,7 @@ import pytest
 import torch
 
 DATA = os.environ.get("FEATHERWEIGHT_DATA", "")
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it to 80 for its workers; tables are tested at their own width
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
