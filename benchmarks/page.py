@@ -42,8 +42,8 @@ def page(ledger: Ledger) -> str:
         *summary(ledger),
     ]
     for network in ledger.networks:
-        lines += ["", f"## {network.task}", "", *table(network), "", *failures(network)]
-    return "\n".join([*lines, "## The contenders", "", *who(ledger)]) + "\n"
+        lines += ["", f"## {network.task}", "", *table(network), *failures(network)]
+    return "\n".join([*lines, "", "## The contenders", "", *who(ledger)]) + "\n"
 
 
 def table(network: Network) -> Iterator[str]:
@@ -74,8 +74,8 @@ def cells(row: Row, original: Row) -> list[str]:
 def failures(network: Network) -> Iterator[str]:
     for row in network.rows:
         if row.state == "failed":
-            yield f"{row.contender} failed: {row.reason}"
             yield ""
+            yield f"{row.contender} failed: {row.reason}"
 
 
 def summary(ledger: Ledger) -> Iterator[str]:

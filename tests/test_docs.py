@@ -54,6 +54,14 @@ def test_the_readme_names_every_method_target_and_axis() -> None:
         assert entry["name"] in text, f"README.md does not name {entry['name']}"
 
 
+def test_the_figures_of_the_readme_are_those_of_the_benchmark() -> None:
+    measured = (ROOT / "README.md").read_text(encoding="utf-8").split("## Measured")[1].split("\n## ")[0]
+    rows = [line for line in measured.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").split("## Against the best of the others")[1]
+    summary = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("|")]
+    assert rows == summary and len(rows) > 2
+
+
 def test_no_page_holds_a_path_of_a_machine() -> None:
     for page in PAGES:
         assert not re.search(r"(?<![\w.])/(?:home|root|work|Users)/", page.read_text(encoding="utf-8")), page.name
