@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from featherweight.core.encoding import Encoding
 
 from .activations import drop_clipping, make_signed, move_behind
+from .attention import turn_keys
 from .biases import quantize_biases
 from .convolution import absorb_padding, merge_slices, pad_channels, pool_means
 from .edit import Editor
@@ -28,6 +29,7 @@ def lower(model: ir.Model, stored: dict[str, Encoding], parameters: set[str], si
     activations.
     """
     edit = Editor(model.graph)
+    turn_keys(edit)
     place(edit, stored, parameters)
     if signed:
         make_signed(edit)

@@ -40,12 +40,13 @@ def shrink(model: ir.Model, weights: set[str]) -> None:
     """Shorten the names of everything but inputs, outputs and `weights`; drop notes, inferred shapes and attributes
     that say the default.
     """
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedOpsetsPass
+    from onnx_ir.passes import common
 
-    ClearMetadataAndDocStringPass()(model)
-    RemoveUnusedOpsetsPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
     model.producer_name, model.producer_version, model.graph.name = "featherweight", None, "g"
     _merge_constants(model.graph, weights)
+    common.CommonSubexpressionEliminationPass()(model)  # once more: equal operations now read equal constants
     _drop_defaults(model.graph)
     _rename(model.graph, weights)
 
