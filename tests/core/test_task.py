@@ -11,9 +11,9 @@ from torch import nn
 
 from featherweight.core.data import Arrays, batches, to_device
 from featherweight.core.errors import NotFinite, TaskError
-from featherweight.core.metric import Metric
+from featherweight.core.metric import Metric, mean_squared_error
 from featherweight.core.outputs import as_arrays, first, named_outputs, rebuild
-from featherweight.core.task import Task, bind, default_inputs, find_task, labels
+from featherweight.core.task import Task, bind, cross_entropy, default_inputs, find_task, labels
 
 
 class Two(nn.Module):
@@ -316,3 +316,22 @@ def test_outputs_that_are_no_tensors_are_refused(output):
 def test_half_precision_outputs_become_floats():
     assert as_arrays(torch.ones(2, dtype=torch.bfloat16)).dtype == np.float32
     assert as_arrays(torch.ones(2, dtype=torch.int64)).dtype == np.int64
+
+
+def test_another_loss_or_another_free_dimension_is_another_task() -> None:
+    def other(output, batch):
+        return cross_entropy(output, batch) * 2
+
+    model = torch.nn.Linear(3, 2)
+    data = Arrays(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))
+    made = {"name": "digest", "model": model, "train": data, "test": data}
+    before = Task(**made).digest
+    assert Task(**made).digest == before
+    assert before not in {Task(**made, loss=other).digest, Task(**made, dynamic={"input": {}}).digest}
+
+
+def test_labels_in_a_column_are_compared_one_by_one() -> None:
+    values = np.arange(4.0)
+    assert mean_squared_error().record(values[:, None], (None, torch.arange(4.0))).tolist() == [0.0] * 4
+    with pytest.raises(TaskError, match="do not fit"):
+        mean_squared_error().record(values, (None, torch.zeros(4, 2)))

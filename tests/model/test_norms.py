@@ -75,3 +75,11 @@ def test_the_formula_against_plain_numbers():
         0,
     )
     assert weight.flatten().tolist() == [2.0, 3.0] and bias.tolist() == [0.0, 6.0]
+
+
+def test_a_norm_over_a_sequence_stays():
+    model = _with_statistics(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)))
+    x = torch.randn(2, 16, 8)
+    graph = captured(model, {"input": x}, {"input": {0: "batch"}})
+    assert fold_norms(graph) == []
+    torch.testing.assert_close(graph(x), model(x))

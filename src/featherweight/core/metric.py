@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import TaskError
 from .outputs import first
 
 Records = np.ndarray  # one row per input
@@ -21,6 +22,15 @@ def _labels(batch: Any) -> np.ndarray:
     from .task import labels
 
     return np.asarray(labels(batch))
+
+
+def _fitting(wanted: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """The labels in the shape of what they are compared with; (N, 1) against (N) would silently compare all pairs."""
+    if wanted.size != given.size:
+        raise TaskError(
+            f"labels of shape {wanted.shape} do not fit outputs of shape {given.shape}; give a metric of your own"
+        )
+    return wanted.reshape(given.shape)
 
 
 def same_class(one: Any, other: Any) -> np.ndarray:
@@ -86,7 +96,8 @@ def top1() -> Metric:
     """Share of inputs whose highest logit is the label's, in percent."""
 
     def record(output: Any, batch: Any) -> Records:
-        return (first(output).argmax(-1) == _labels(batch)) * 100.0
+        classes = first(output).argmax(-1)
+        return (classes == _fitting(_labels(batch), classes)) * 100.0
 
     return Metric("top1", record, unit="%", agree=same_class)
 
@@ -95,7 +106,8 @@ def mean_squared_error() -> Metric:
     """Mean of squared differences between output and label; lower is better."""
 
     def record(output: Any, batch: Any) -> Records:
-        difference = np.asarray(first(output), dtype=np.float64) - _labels(batch)
+        values = np.asarray(first(output), dtype=np.float64)
+        difference = values - _fitting(_labels(batch), values)
         return (difference**2).reshape(len(difference), -1).mean(1)
 
     return Metric("mse", record, unit="", higher_is_better=False)

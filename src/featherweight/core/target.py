@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
 from .encoding import Encoding, Sparse
-from .errors import ArtifactError, MissingExtra, NotCarried, RecipeError
+from .errors import ArtifactError, MissingExtra, NotCarried, NotFinite, RecipeError
 from .files import file_digest, folder_size, whole_folder, write_json
 from .outputs import Layout, named_outputs, rebuild
 from .step import one_line
@@ -311,6 +311,8 @@ class Target(BaseModel, ABC):
                         f"{self.name} gives {name!r} of shape {array.shape} for a batch of {count}, "
                         f"the torch model {want.shape}"
                     )
+                if not np.isfinite(want).all():
+                    raise NotFinite(f"the torch model gives NaN or infinite values in {name!r}")
                 if not np.isfinite(array).all():
                     raise ArtifactError(f"{self.name} gives NaN or infinite values in {name!r}")
                 difference = np.abs(array.astype(np.float64) - want)

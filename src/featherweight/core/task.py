@@ -100,7 +100,7 @@ class Task:
                 raise NotFinite(
                     f"task {self.name}: the weight {name!r} holds NaN or infinite values; repair the model first"
                 )
-        return made if not made.training else copied(made).eval()
+        return made if not any(module.training for module in made.modules()) else copied(made).eval()
 
     def fresh(self) -> nn.Module:
         """A copy of the user's model in evaluation mode."""
@@ -175,10 +175,16 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the model's weights and the data (or the fingerprint, where the task gives one)."""
+        """SHA-256 over the model's weights and code, what the task does with them, and the data (or the fingerprint,
+        where the task gives one).
+        """
         from .files import tensor_digest
 
-        digest = hashlib.sha256(f"{self.name};{self.calibration_limit};{self.batch_size}".encode())
+        digest = hashlib.sha256(f"{self.name};{self.calibration_limit};{self.batch_size};{self.dynamic}".encode())
+        metric = self.metric
+        for code in (type(self.original), self.loss, self.inputs, metric.record, metric.reduce, metric.agree):
+            digest.update(source(code).encode())
+        digest.update(f"{metric.name};{metric.higher_is_better}".encode())
         digest.update(tensor_digest(dict(self.original.state_dict())).encode())
         if self.fingerprint:
             digest.update(self.fingerprint.encode())
@@ -223,6 +229,14 @@ class Task:
             raise TaskError(f"{where}: the metric {self.metric.name} gives no record")
         if loss is not None and not torch.isfinite(loss).all():
             raise NotFinite(f"{where}: the loss is {float(loss)}")
+
+
+def source(code: Any) -> str:
+    """The source text of a class or function; its name where there is none to read."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return f"{getattr(code, '__module__', '')}.{getattr(code, '__qualname__', type(code).__name__)}"
 
 
 def bind(model: nn.Module, given: Any) -> dict[str, Tensor]:

@@ -55,6 +55,8 @@ def _can_fold(norm: fx.Node, keep: frozenset[str]) -> bool:
         return False
     if isinstance(layer.args[1], fx.Node) and layer.args[1].target in keep:
         return False
+    if layer.target == LINEAR and (layer.meta.get("val") is None or layer.meta["val"].dim() != 2):
+        return False  # behind a linear layer on sequences, batch norm normalizes the sequence, not the outputs
     used_once = all(
         not isinstance(item, fx.Node) or (item.op == "get_attr" and len(item.users) == 1) for item in layer.args[1:3]
     )

@@ -4,7 +4,6 @@ original's.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from ..core.context import Context
 from ..core.errors import ArtifactError, TaskError
 from ..core.evaluate import records
 from ..core.files import whole_file
+from ..core.machine import cores
 from ..core.metric import Records
 from ..core.progress import Progress
 from ..core.recipe import Recipe
@@ -198,8 +198,3 @@ def p50(samples: Loads) -> float:
 def half_width(ratio: Estimate) -> float:
     """Half the width of an interval, relative to the value."""
     return (ratio.high - ratio.low) / 2 / ratio.value
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -78,9 +78,10 @@ def _candidate(trial: Trial, figures: Figures | None, budget: Budget, front: boo
 
 
 def _unique(trials: list[Trial]) -> Iterator[Trial]:
-    """The trials without those that repeat an earlier recipe, and without empty ones."""
-    seen: set[str] = set()
+    """One trial per recipe: the first that was measured, else the first; none for a recipe without steps."""
+    best: dict[str, Trial] = {}
     for trial in trials:
-        if trial.digest not in seen and trial.recipe["steps"]:
-            yield trial
-        seen.add(trial.digest)
+        known = best.setdefault(trial.digest, trial)
+        if known.figures is None and trial.figures is not None:
+            best[trial.digest] = trial
+    return (trial for trial in best.values() if trial.recipe["steps"])

@@ -38,7 +38,7 @@ class Histogram:
         self._cover()
         end = self.start + self.width * BINS
         inside = values.float().clamp(self.start, end)  # the end may have been rounded below the highest value
-        self.counts += torch.histc(inside, BINS, self.start, end).double()
+        self.counts += torch.histc(inside, BINS, self.start, end).cpu().double()
 
     def _cover(self) -> None:
         """Make the bins reach from `low` to `high`; what was counted moves to the bin that now holds its middle."""
