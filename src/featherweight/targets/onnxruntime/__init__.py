@@ -30,8 +30,8 @@ class OnnxRuntime(Target, name="onnxruntime"):
     file: ClassVar[str] = "model.onnx"
     carries: ClassVar[frozenset[str]] = frozenset({"int8", "uint8"})
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnxscript")
-    # Measured on AVX-512 (3 x 3 convolutions, 8 to 64 channels): floats are computed in blocks of 16 channels, so 20 cost
-    # as much as 32; in int8 8 cost more than 16, and depthwise 24 more than 32.
+    # Measured with AVX-512 (3 x 3 convolutions, 8 to 64 channels): floats go in blocks of 16 channels, so that 20 cost
+    # as much as 32; in int8, 8 cost more than 16, and depthwise 24 more than 32.
     width_multiple: ClassVar[int] = 16
 
     activations: Literal["auto", "uint8", "int8"] = "auto"
