@@ -74,10 +74,10 @@ def test_it_is_over_when_not_even_a_cheap_trial_fits() -> None:
     assert not an_allowance(None, done).over()
 
 
-def test_until_something_is_done_it_goes_on() -> None:
-    assert not an_allowance(1.0).over()
-    assert not an_allowance(1.0, trial(0, 1.0, state="failed")).over()
-    assert an_allowance(-1.0).over()
+def test_until_something_is_done_a_few_are_tried_whatever_the_time() -> None:
+    failed = [trial(index, 1.0, state="failed") for index in range(4)]
+    assert not an_allowance(-1.0).over() and not an_allowance(-1.0, *failed[:3]).over()
+    assert an_allowance(-1.0, *failed).over() and not an_allowance(1.0, *failed).over()
 
 
 def test_training_is_planned_once_and_never_longer_than_what_is_left() -> None:

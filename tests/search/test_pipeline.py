@@ -223,11 +223,18 @@ def test_the_search_chooses_on_validation_data(out: Path) -> None:
         compress(replace(task(), validate=None), Tiny(), Budget(), out)
 
 
+def test_where_the_time_is_up_at_once_one_recipe_is_still_measured(out: Path) -> None:
+    run = searched(out, trials=None, time=0.01)
+    assert [candidate.state for candidate in run.candidates] == ["failed", "done"]
+    assert run.feasible and (out / "run.json").exists()
+
+
+@pytest.mark.slow
 def test_time_bounds_the_whole_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allowance, "AXES_SECONDS", 0.5)
     monkeypatch.setattr(allowance, "launch_seconds", lambda: 0.05)
-    run = searched(out, trials=None, time=15.0)
-    assert run.seconds < 20 and any(candidate.state == "done" for candidate in run.candidates)
+    run = searched(out, trials=None, time=20.0)
+    assert run.seconds < 24 and any("tiny.heal" in str(candidate.recipe) for candidate in run.candidates)
 
 
 def test_no_training_is_begun_that_cannot_end(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

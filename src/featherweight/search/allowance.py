@@ -17,6 +17,7 @@ from .judge import Judge
 from .study import Study, Trial
 
 SHARES = 4  # trained trials that the time for searching should allow
+FIRST_TRIALS = 4  # are tried even if the time is over, until one of them is done
 ENOUGH = 0.15  # of the longest training, for a trial to be worth its time
 HEAT = 1.5  # trials' worth of time for the fastest few side by side
 SLACK = 1.1  # estimates are upper ones, so that a trial may be started that needs this much of what is left
@@ -39,10 +40,13 @@ class Allowance:
         return self.clock.limit is not None
 
     def over(self) -> bool:
-        """Whether not even a trial without training fits any more; until one is done, only the whole time counts."""
-        if any(trial.state == "done" for trial in self.study.finished()):
+        """Whether not even a trial without training fits any more. Until one is done a few are tried whatever the
+        time, for without any there would be no result at all.
+        """
+        trials = self.study.finished()
+        if any(trial.state == "done" for trial in trials):
             return self.limited and self.left() < self.overhead()
-        return self.limited and self.clock.left <= 0
+        return len(trials) >= FIRST_TRIALS and self.clock.left <= 0
 
     def fits_heat(self) -> bool:
         """Whether there is time to export the fastest few again and to time them side by side."""
