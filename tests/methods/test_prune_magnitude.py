@@ -112,6 +112,23 @@ def test_a_second_pass_that_asks_for_less_is_an_error():
         run_step(MagnitudePrune(sparsity=0.4), once, context(task))
 
 
+def test_masks_that_hold_back_nothing_are_no_effect():
+    with pytest.raises(NoEffect):
+        masked(conv_task(), sparsity=1e-6)
+
+
+def test_a_layer_that_is_sparse_already_does_not_spare_the_others():
+    task = conv_task()
+    once, _ = masked(task, sparsity=0.9, scope="layer", only="head")
+    twice, record = run_step(MagnitudePrune(sparsity=0.5, scope="layer"), once, context(task))
+    shares = zeros(twice)
+    assert shares.pop("head.weight") == pytest.approx(0.9, abs=0.01)
+    assert shares and all(share == pytest.approx(0.5, abs=0.01) for share in shares.values())
+    assert [left.reason for left in record.left if left.layer == "head"] == [
+        "90.0% of the weights are zero already, sparsity=0.5 asks for no more"
+    ]
+
+
 def test_after_structured_pruning():
     task = conv_task()
     recipe = Recipe([{"kind": "prune.structured", "keep": 0.7}, {"kind": "prune.magnitude", "sparsity": 0.5}])

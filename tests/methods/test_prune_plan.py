@@ -28,6 +28,10 @@ def test_a_step_changes_every_width_by_a_multiple():
     assert limits(64, 0.1, 8, [4]).step == 2
 
 
+def test_a_step_fits_all_widths_at_once():
+    assert limits(60, 0.0, 12, [4, 3]).step == 12  # 3 units for the one, 4 for the other
+
+
 def test_a_group_with_fewer_than_two_steps_gives_up_single_units():
     assert limits(15, 0.1, 8, [1]).step == 1
     assert limits(16, 0.1, 8, [1]).step == 8

@@ -184,6 +184,13 @@ def test_rounds_reach_the_same_share_in_smaller_steps():
     assert ctx.record.changed["stem"].startswith("32 -> ")
 
 
+def test_rounds_too_small_for_a_whole_step_do_not_end_the_method():
+    task = wide_task()
+    model, ctx = pruned(task, keep=0.5, rounds=12, multiple=16)
+    assert macs(model, task) / macs(task.original, task) <= 0.5
+    assert ctx.record.changed
+
+
 def test_retraining_heals():
     task = conv_task()
     settings: dict[str, Any] = {"keep": 0.5, "score": "l2", "recalibrate": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -94,13 +94,14 @@ class Energy(Axis, name="energy"):
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
-def modelled(work: Work, input_bytes: int) -> Estimate:
-    """Millijoules of one inference at batch 1 by the 45 nm table; low and high are the ends of its range for DRAM.
+def modelled(work: Work, input_bytes: int, batch: int = 1) -> Estimate:
+    """Millijoules of one input, of `batch` together, by the 45 nm table; low and high are the ends of its range for
+    DRAM.
 
     A float multiply-accumulate is a float32 multiply and a float32 addition; an integer one an int8 multiply and an
     int32 addition. Every stored weight byte comes from DRAM once (so do tables of which a few rows are used). Every
-    byte of activations that a product reads (where the target cannot tell them: of the model's input) was written to
-    and is read from a cache of 1 MB once. What control, addressing and other operations cost is left out, so only
+    byte of activations (what the runtime's operations give to one another; where the target cannot tell them: the
+    model's input) is written to and read from a cache of 1 MB once. What control, addressing and other operations cost is left out, so only
     ratios should be relied on.
     """
     floats = (work.macs - work.integer_macs) * (PICOJOULES["float32 multiply"] + PICOJOULES["float32 add"])
@@ -109,15 +110,16 @@ def modelled(work: Work, input_bytes: int) -> Estimate:
     moved = 2 * activations / 8 * PICOJOULES["8 bytes from a cache of 1 MB"]
     near, far = (work.weight_bytes / 8 * PICOJOULES[f"8 bytes from DRAM, {end}"] for end in ("at least", "at most"))
     rest = floats + integers + moved
-    return Estimate((rest + (near + far) / 2) * 1e-9, (rest + near) * 1e-9, (rest + far) * 1e-9)
+    each = 1e-9 / batch
+    return Estimate((rest + (near + far) / 2) * each, (rest + near) * each, (rest + far) * each)
 
 
 def _modelled(bench: Bench) -> list[Reading]:
     estimates, found = {}, []
     for subject, artifact in bench.subjects.items():
-        estimates[subject] = modelled(artifact.manifest.work, _input_bytes(artifact))
-        value, low, high = estimates[subject]
         where = _conditions(bench, artifact)
+        estimates[subject] = modelled(artifact.manifest.work, _input_bytes(artifact), where["batch"])
+        value, low, high = estimates[subject]
         rest = {"low": low, "high": high, "kind": "modelled", "conditions": where}
         found.append(bench.reading(subject, "energy", "mj_per_inference", value, "mJ", **rest))
     if "compressed" in estimates and estimates["compressed"].value > 0:
@@ -127,9 +129,10 @@ def _modelled(bench: Bench) -> list[Reading]:
     return found
 
 
-def _conditions(bench: Bench, artifact: Artifact) -> dict[str, int | str]:
+def _conditions(bench: Bench, artifact: Artifact) -> dict[str, Any]:
     counted = "counted" if artifact.manifest.work.activation_bytes is not None else "the input's only"
-    return {"model": MODEL, "batch": 1, "activations": counted, **free_sizes(bench, artifact.example())}
+    batch = batch_sizes(artifact.manifest, (1,))[0]
+    return {"model": MODEL, "batch": batch, "activations": counted, **free_sizes(bench, artifact.example())}
 
 
 def _input_bytes(artifact: Artifact) -> int:

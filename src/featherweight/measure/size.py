@@ -5,12 +5,14 @@ from __future__ import annotations
 from featherweight.core.axis import Axis, Bench
 from featherweight.core.reading import Reading
 
+from .inputs import batch_sizes
+
 
 class Size(Axis, name="size"):
     """Read the bytes on the disk and, off the artifact's own graph, its weights and its multiply-accumulates.
 
     Gives `file_bytes` (the runtime's file or folder), `weight_bytes` and `parameters` (as stored), `macs`
-    (multiply-accumulates of one inference at batch 1) and `integer_macs` (those of them whose operands are integers).
+    (multiply-accumulates of one inference at batch 1, or at the batch size that the artifact is fixed to) and `integer_macs` (those of them whose operands are integers).
     For the compressed artifact also `ratio`: the original's file bytes over its own.
     """
 
@@ -19,7 +21,7 @@ class Size(Axis, name="size"):
         found: list[Reading] = []
         for subject, artifact in bench.subjects.items():
             artifact.verify()
-            work, one = artifact.manifest.work, {"conditions": {"batch": 1}}
+            work, one = artifact.manifest.work, {"conditions": {"batch": batch_sizes(artifact.manifest, (1,))[0]}}
             found += [
                 bench.reading(subject, "size", "file_bytes", artifact.bytes(), "bytes"),
                 bench.reading(subject, "size", "weight_bytes", work.weight_bytes, "bytes"),

@@ -20,6 +20,7 @@ from .scores import cubic, keep_largest_of_all
 TYPES = (nn.Linear, _ConvNd)
 RAMP = 0.7  # share of the training during which the sparsity rises; the rest heals
 UPDATES = 100  # how often masks change on the way
+Masks = dict[str, tuple[nn.Module, Mask]]
 
 
 class MagnitudePrune(LayerStep, kind="prune.magnitude"):
@@ -44,29 +45,41 @@ class MagnitudePrune(LayerStep, kind="prune.magnitude"):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         masks = self._masks(model, ctx)
-        start = zeros(masks)
-        if masks and self.sparsity > start:
+        open_ = {
+            name: pair for part in self._parts(masks) if zeros(part) < self.sparsity for name, pair in part.items()
+        }
+        for name in masks.keys() - open_.keys():
+            share = zeros({name: masks[name]} if self.scope == "layer" else masks)
+            ctx.leave(name, f"{share:.1%} of the weights are zero already, sparsity={self.sparsity} asks for no more")
+        if open_:
+            before = {name: int(mask.keep.sum()) for name, (_, mask) in open_.items()}
             if self.retrain is not None and self.gradual:
-                self._rise(model, ctx, masks, start)
+                self._rise(model, ctx, open_, min(zeros(part) for part in self._parts(open_)))
             else:
-                self._tighten(masks, self.sparsity)
-                if self.retrain is not None:
+                self._tighten(open_, self.sparsity)
+                if self.retrain is not None and any(int(open_[name][1].keep.sum()) < before[name] for name in open_):
                     ctx.fit(model, self.retrain, text=f"retraining after {self.kind}")
-        for name, (_, mask) in masks.items():
-            if start >= self.sparsity:
-                ctx.leave(
-                    name, f"{start:.1%} of the weights are zero already, sparsity={self.sparsity} asks for no more"
-                )
-            else:
-                ctx.change(name, f"{1 - float(mask.keep.float().mean()):.1%} of {mask.keep.numel()} weights are zero")
+            self._report(open_, before, ctx)
+        drop_empty(masks)
         return model
 
-    def _masks(self, model: nn.Module, ctx: Context) -> dict[str, tuple[nn.Module, Mask]]:
+    def _parts(self, masks: Masks) -> list[Masks]:
+        """The masks that share one sparsity: all, or each by itself."""
+        return [masks] if self.scope == "global" else [{name: pair} for name, pair in masks.items()]
+
+    def _report(self, masks: Masks, before: dict[str, int], ctx: Context) -> None:
+        for name, (_, mask) in masks.items():
+            if int(mask.keep.sum()) < before[name]:
+                ctx.change(name, f"{1 - float(mask.keep.float().mean()):.1%} of {mask.keep.numel()} weights are zero")
+            else:
+                ctx.leave(name, f"all of its {before[name]} weights are larger than those that had to go")
+
+    def _masks(self, model: nn.Module, ctx: Context) -> Masks:
         """The mask of every chosen layer, put there where there is none yet."""
         for name, reason in uncovered(model):
             ctx.leave(name, reason)
         shared = shared_weights(model)
-        found: dict[str, tuple[nn.Module, Mask]] = {}
+        found: Masks = {}
         for name, layer in self.layers(model, ctx, TYPES):
             if name in shared:
                 ctx.leave(name, f"its weight is shared with {shared[name]}")
@@ -79,7 +92,7 @@ class MagnitudePrune(LayerStep, kind="prune.magnitude"):
             found[name] = (layer, masks[0] if masks else new_mask(layer))
         return found
 
-    def _rise(self, model: nn.Module, ctx: Context, masks: dict[str, tuple[nn.Module, Mask]], start: float) -> None:
+    def _rise(self, model: nn.Module, ctx: Context, masks: Masks, start: float) -> None:
         assert self.retrain is not None
         done = -1
 
@@ -93,12 +106,11 @@ class MagnitudePrune(LayerStep, kind="prune.magnitude"):
         self._tighten(masks, self.sparsity)
 
     @torch.no_grad()
-    def _tighten(self, masks: dict[str, tuple[nn.Module, Mask]], sparsity: float) -> None:
+    def _tighten(self, masks: Masks, sparsity: float) -> None:
         """Set the masks to exactly this sparsity; where `scope` is "layer" in each layer."""
-        pairs = list(masks.values())
-        for part in [pairs] if self.scope == "global" else [[pair] for pair in pairs]:
-            scores = [layer.weight.detach().abs() for layer, _ in part]  # type: ignore[operator]
-            for (_, mask), keep in zip(part, keep_largest_of_all(scores, 1 - sparsity, self.min_keep)):
+        for part in self._parts(masks):
+            scores = [layer.weight.detach().abs() for layer, _ in part.values()]  # type: ignore[operator]
+            for (_, mask), keep in zip(part.values(), keep_largest_of_all(scores, 1 - sparsity, self.min_keep)):
                 mask.keep.copy_(keep & mask.keep)
 
 
@@ -115,7 +127,14 @@ def new_mask(layer: nn.Module) -> Mask:
     return mask
 
 
-def zeros(masks: dict[str, tuple[nn.Module, Mask]]) -> float:
+def drop_empty(masks: Masks) -> None:
+    """Take masks away that hold back nothing: a model that is as before must not look changed."""
+    for layer, mask in masks.values():
+        if len(links_of(layer)) == 1 and bool(mask.keep.all()):
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+def zeros(masks: Masks) -> float:
     """The share of weights that the masks hold at zero."""
     total = sum(mask.keep.numel() for _, mask in masks.values())
     return 1 - sum(int(mask.keep.sum()) for _, mask in masks.values()) / total if total else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, gcd
+from math import ceil, gcd, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ def limits(units: int, least: float, multiple: int, widths: Sequence[int]) -> Li
     every width by a multiple of `multiple`. A group that has fewer than two such steps is too small for that, and
     gives up single units.
     """
-    step = max((multiple // gcd(multiple, width) for width in widths), default=1)
+    step = lcm(*(multiple // gcd(multiple, width) for width in widths))
     return Limits(units, max(1, ceil(least * units)), step if units >= 2 * step else 1)
 
 

@@ -76,8 +76,8 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             whole = whole or price([len(group) for group in coupling.groups])
             was = reached
             reached = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
-            if reached == was:  # nothing could be removed, so there is nothing to heal either
-                break
+            if reached == was:  # nothing to heal; the next round asks for more, which may be worth a whole step
+                continue
             if self.recalibrate:
                 recalibrate(model, ctx)
             if self.retrain is not None:
@@ -254,6 +254,8 @@ def loss_changes(model: nn.Module, ctx: Context, coupling: Coupling, groups: dic
     model.zero_grad(set_to_none=True)
     for name, tensor in held.items():
         tensor.requires_grad_(trainable[name])
+    if not batches:
+        raise TaskError(f"task {ctx.task.name}: the 'calibrate' data gave no batch, which score=taylor needs")
     return {place: total / batches for place, total in found.items()}
 
 
