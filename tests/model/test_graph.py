@@ -79,6 +79,69 @@ def test_a_size_of_two_free_dimensions_together_is_refused():
         capture(ByProduct(), {"x": torch.randn(2, 5, 3)}, free)
 
 
+class Fixed(nn.Module):
+    """Computes with a Python number that follows the batch in the way that `use` says."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use = use
+
+    def forward(self, x):
+        return self.use(x, len(x))
+
+
+@pytest.mark.parametrize(
+    "use, reason",
+    [
+        (lambda x, n: x * (n * n), "does not follow it linearly"),
+        (lambda x, n: x + x[: n // 2].sum(0), "does not follow it linearly"),
+        (lambda x, n: x * max(n, 4), "does not follow it linearly"),
+        (lambda x, n: x * (1 / n), "at size 2 the model hands 0.5"),
+        (lambda x, n: x.sum(tuple(range(n - 1))), "at size 3"),
+        (lambda x, n: x.cumsum(0).reshape([1] * (n - 2) + [-1]), "at size 3"),
+        (lambda x, n: x * torch.tensor([0.5, float(n), 1.0]), "constant 'lifted_tensor_0'"),
+        (lambda x, n: torch.cat([x[n - 1 - place] for place in range(n)]), "computes differently"),
+    ],
+)
+def test_what_follows_a_size_otherwise_than_linearly_is_refused(use, reason):
+    with pytest.raises(TaskError, match=reason) as error:
+        captured(Fixed(use).eval(), {"x": torch.randn(2, 5, 3)}, {"x": {0: "batch"}})
+    assert "\n" not in str(error.value) and "take sizes from x.shape" in str(error.value)
+
+
+@pytest.mark.parametrize("use", [lambda x, n: x * (3 * n - 2), lambda x, n: x.new_ones(n + 3, 2).sum() + x[:n]])
+def test_what_follows_a_size_linearly_stays_free(use):
+    model = Fixed(use).eval()
+    graph = captured(model, {"x": torch.randn(2, 5, 3)}, {"x": {0: "batch"}})
+    for size in (1, 5, 16):
+        x = torch.randn(size, 5, 3)
+        torch.testing.assert_close(graph(x), model(x))
+
+
+def test_a_long_dimension_is_checked_at_shorter_sizes():
+    """The halves of 65 and 66, rounded down, lie on a line that shorter ones are off; longer ones the model lacks."""
+    table = torch.randn(66, 3)
+
+    class Positions(nn.Module):
+        def forward(self, x):
+            count = len(x[0])
+            return (x + table[:count])[:, : count // 2]
+
+    with pytest.raises(TaskError, match="the dimension 'position' cannot be left dynamic"):
+        captured(Positions().eval(), {"x": torch.randn(2, 65, 3)}, {"x": {0: "batch", 1: "position"}})
+
+
+def test_a_model_that_runs_at_no_further_size_is_refused():
+    class Only(nn.Module):
+        def forward(self, x):
+            if len(x) not in (2, 3):
+                raise ValueError("two or three")
+            return x * 2
+
+    with pytest.raises(TaskError, match=r"the model runs at none of the sizes \[1, 4, 7\]"):
+        captured(Only().eval(), {"x": torch.randn(2, 3)}, {"x": {0: "batch"}})
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line():
     with pytest.raises(TaskError) as error:
         capture(ByValue(), {"x": torch.randn(2, 3)}, {"x": {0: "batch"}})

@@ -76,3 +76,33 @@ def first(output: Any) -> Any:
     if isinstance(output, Mapping):
         return output["logits"] if "logits" in output else next(iter(output.values()))
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def difference(want: Any, got: Any) -> str:
+    """How two outputs of torch models differ beyond rounding, in words; empty if they do not.
+
+    Compared by root mean square of the difference over that of `want`; the bound is the square root of the epsilon of
+    the output's type (3.5e-4 for float32), that is, half of the digits.
+    """
+    import torch
+
+    wanted, found = named_outputs(want)[1], named_outputs(got)[1]
+    if list(wanted) != list(found):
+        return f"the outputs are {', '.join(found)}, not {', '.join(wanted)}"
+    for name, tensor in wanted.items():
+        if tensor.shape != found[name].shape:
+            return f"{name!r} has the shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        bound = torch.finfo(tensor.dtype).eps ** 0.5 if tensor.is_floating_point() else 0.0
+        relative = _relative(tensor.detach().double(), found[name].detach().double())
+        if not relative <= bound:
+            return f"{name!r} differs by {relative:.1e} (relative)"
+    return ""
+
+
+def _relative(want: Tensor, got: Tensor) -> float:
+    """Root mean square of the difference over that of `want`; equal infinities and NaN at both sides are equal."""
+    if not want.numel():
+        return 0.0
+    off = (got - want).masked_fill((got == want) | (got.isnan() & want.isnan()), 0.0)
+    scale = want[want.isfinite()].square().mean().sqrt().nan_to_num(0.0)
+    return float(off.square().mean().sqrt() / scale.clamp_min(1e-12))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from featherweight.core.errors import TaskError
+from featherweight.core.outputs import difference
 
 CAPTURED = "CapturedModel"
 Free = dict[str, dict[int, str]]
@@ -21,8 +22,9 @@ def capture(model: nn.Module, example: dict[str, Tensor], free: Free) -> Exporte
     """Export `model` (evaluation mode) with the dimensions in `free` dynamic: input name -> {dimension: label}.
 
     Where Python code fixes a size (such as `len(x)`), which makes the exporter refuse, the model is exported at two
-    sizes; the constants that differ between the two graphs are what depends on the size, and are put back as such.
-    `example` holds at least two inputs. Raises `TaskError` if the model cannot be exported.
+    sizes; the integers that differ between the two graphs are what depends on the size, and are put back as a multiple
+    of it plus a constant. What else differs is refused, and so is a graph that does not compute what the model does at
+    further sizes. `example` holds at least two inputs. Raises `TaskError` if the model cannot be exported.
     """
     free = {name: dims for name, dims in free.items() if dims and name in example}
     try:
@@ -79,32 +81,31 @@ def _brief(error: Exception) -> str:
 
 # -- sizes that Python code has fixed ---------------------------------------------------------------------------------
 def _freed(model: nn.Module, example: dict[str, Tensor], free: Free) -> fx.GraphModule:
-    """The model as a graph in which every constant that follows a free dimension is computed from it again."""
-    names = sorted({label for dims in free.values() for label in dims.values()})
+    """The model as a graph in which every integer that follows a free dimension is computed from it again."""
+    sizes = {label: _size(example, free, label) for label in sorted(_labels(free))}
     base = _static(model, example)
-    others = {label: _static(model, _grown(example, free, label)) for label in names}
-    sizes = {label: _size(example, free, label) for label in names}
-    sources = _insert_sizes(base, example, free, names)
-    nodes = [node for node in base.graph.nodes if node.op == "call_function" and node not in sources.values()]
-    others_nodes = {
-        label: [node for node in other.graph.nodes if node.op == "call_function"] for label, other in others.items()
+    twins = {
+        label: _twins(base, _static(model, _resized(example, free, {label: size + 1})), label)
+        for label, size in sizes.items()
     }
-    for label, listed in others_nodes.items():
-        if [node.target for node in listed] != [node.target for node in nodes]:
-            raise TaskError(
-                f"the model computes differently when the dimension {label!r} grows by one; it cannot be left dynamic"
-            )
-    for place, node in enumerate(nodes):
-        other_args = {label: (listed[place].args, listed[place].kwargs) for label, listed in others_nodes.items()}
-        node.args, node.kwargs = _merge(
-            (node.args, node.kwargs), other_args, sizes, _Builder(base.graph, node, sources)
+    nodes = [node for node in base.graph.nodes if node.op in ("call_function", "output")]
+    sources = _insert_sizes(base, free, list(sizes))
+    for node in nodes:
+        others = {label: (pairs[node].args, pairs[node].kwargs) for label, pairs in twins.items()}
+        node.args, node.kwargs = _Merger(base.graph, node, sizes, sources, twins).merge(
+            (node.args, node.kwargs), others
         )
     base.recompile()
+    _verify(base, model, example, free, sizes)
     return base
 
 
 def _static(model: nn.Module, example: dict[str, Tensor]) -> fx.GraphModule:
     return _as_graph_module(_export(model, example, {}))
+
+
+def _labels(free: Free) -> set[str]:
+    return {label for dims in free.values() for label in dims.values()}
 
 
 def _size(example: dict[str, Tensor], free: Free, label: str) -> int:
@@ -113,24 +114,59 @@ def _size(example: dict[str, Tensor], free: Free, label: str) -> int:
     )
 
 
-def _grown(example: dict[str, Tensor], free: Free, label: str) -> dict[str, Tensor]:
-    """The example with every dimension called `label` longer by one (its first entry stands again at the end)."""
-    grown = dict(example)
+def _resized(example: dict[str, Tensor], free: Free, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The example with every dimension called by a label in `sizes` cut or, by its own entries over again, filled to
+    that size.
+    """
+    resized = {name: tensor.detach().clone() for name, tensor in example.items()}
     for name, dims in free.items():
-        for place, each in dims.items():
-            if each == label:
-                grown[name] = torch.cat([grown[name], grown[name].narrow(place, 0, 1)], place)
-    return grown
+        for place, label in dims.items():
+            if label in sizes:
+                entries = torch.arange(sizes[label], device=resized[name].device) % resized[name].shape[place]
+                resized[name] = resized[name].index_select(place, entries)
+    return resized
 
 
-def _insert_sizes(
-    module: fx.GraphModule, example: dict[str, Tensor], free: Free, names: list[str]
-) -> dict[str, fx.Node]:
+def _refused(label: str, reason: str) -> TaskError:
+    return TaskError(
+        f"the dimension {label!r} cannot be left dynamic: {' '.join(reason.split())}; take sizes from x.shape instead "
+        "of len(x) in the model, or leave the dimension out of the task's `dynamic`"
+    )
+
+
+def _twins(base: fx.GraphModule, other: fx.GraphModule, label: str) -> dict[fx.Node, fx.Node]:
+    """Which node of `other`, the graph of a larger input, stands for which of `base`; both must compute alike."""
+    ours, theirs = list(base.graph.nodes), list(other.graph.nodes)
+    if [(node.op, node.target) for node in ours] != [(node.op, node.target) for node in theirs]:
+        raise _refused(label, "the model computes differently when it grows by one")
+    for node in ours:
+        if node.op == "get_attr" and not _same_held(_held(base, node), _held(other, node)):
+            raise _refused(label, f"the constant {node.target!r} that the model makes in Python follows its size")
+    return dict(zip(ours, theirs))
+
+
+def _held(module: fx.GraphModule, node: fx.Node) -> Any:
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _same_held(one: Any, other: Any) -> bool:
+    if isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule):  # the body of a loop or a branch
+        return one.code == other.code
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same_form = one.shape == other.shape and one.dtype == other.dtype
+        return one is other or (same_form and not difference(one, other))
+    return one is other
+
+
+def _insert_sizes(module: fx.GraphModule, free: Free, labels: list[str]) -> dict[str, fx.Node]:
     """One node per label that reads the size of that dimension off an input."""
     inputs = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
     last = list(inputs.values())[-1]
     sources = {}
-    for label in names:
+    for label in labels:
         name, place = next(
             (name, place) for name, dims in free.items() for place, each in dims.items() if each == label
         )
@@ -139,44 +175,114 @@ def _insert_sizes(
     return sources
 
 
-class _Builder:
-    """Inserts `factor * size + rest` before a node."""
+class _Merger:
+    """Puts the arguments of one node together from what they are at the sizes of the example and, per label, one
+    larger.
+    """
 
-    def __init__(self, graph: fx.Graph, before: fx.Node, sources: dict[str, fx.Node]):
-        self.graph, self.before, self.sources = graph, before, sources
+    def __init__(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        sizes: dict[str, int],
+        sources: dict[str, fx.Node],
+        twins: dict[str, dict[fx.Node, fx.Node]],
+    ):
+        self.graph, self.node, self.sizes, self.sources, self.twins = graph, node, sizes, sources, twins
 
-    def __call__(self, label: str, factor: int, rest: int) -> fx.Node:
+    def merge(self, value: Any, others: dict[str, Any]) -> Any:
+        """`value` with each integer that differs in one of `others` replaced by what it is as a function of that
+        label's size; anything else that differs is refused.
+        """
+        if isinstance(value, tuple | list):
+            self._check(others, lambda label, other: type(other) is type(value) and len(other) == len(value), value)
+            return type(value)(
+                self.merge(item, {label: other[place] for label, other in others.items()})
+                for place, item in enumerate(value)
+            )
+        if isinstance(value, dict):
+            self._check(others, lambda label, other: isinstance(other, dict) and list(other) == list(value), value)
+            return {
+                key: self.merge(item, {label: other[key] for label, other in others.items()})
+                for key, item in value.items()
+            }
+        if isinstance(value, fx.Node):
+            self._check(others, lambda label, other: other is self.twins[label][value], value)
+            return value
+        if type(value) is int:
+            self._check(others, lambda label, other: type(other) is int, value)
+            return self._integer(value, others)
+        self._check(others, lambda label, other: type(other) is type(value) and repr(other) == repr(value), value)
+        return value
+
+    def _check(self, others: dict[str, Any], same: Callable[[str, Any], bool], value: Any) -> None:
+        for label, other in others.items():
+            if not same(label, other):
+                size = self.sizes[label]
+                reason = f"at size {size} the model hands {value} to {self.node.target}, at size {size + 1} {other}"
+                raise _refused(label, reason)
+
+    def _integer(self, value: int, others: dict[str, int]) -> int | fx.Node:
+        moved = {label: other - value for label, other in others.items() if other != value}
+        if len(moved) > 1:
+            raise TaskError(
+                f"a size in the model depends on {' and '.join(sorted(moved))} together; "
+                "give the task only one dynamic dimension"
+            )
+        for label, factor in moved.items():
+            return self._line(label, factor, value - factor * self.sizes[label])
+        return value
+
+    def _line(self, label: str, factor: int, rest: int) -> fx.Node:
+        """`factor * size + rest`, computed before the node."""
         value = self.sources[label]
-        with self.graph.inserting_before(self.before):
+        with self.graph.inserting_before(self.node):
             if factor != 1:
                 value = self.graph.call_function(operator.mul, (value, factor))
             return self.graph.call_function(operator.add, (value, rest)) if rest else value
 
 
-def _merge(value: Any, others: dict[str, Any], sizes: dict[str, int], build: Callable[[str, int, int], fx.Node]) -> Any:
-    """`value` with each integer that differs in one of `others` replaced by what it is as a function of that label's
-    size.
+# -- the check of what was freed --------------------------------------------------------------------------------------
+@torch.no_grad()
+def _verify(
+    graph: fx.GraphModule, model: nn.Module, example: dict[str, Tensor], free: Free, sizes: dict[str, int]
+) -> None:
+    """Refuse a graph that does not give what the model gives at sizes that it was not made from.
+
+    Two sizes cannot tell a line from a square or from a half that is rounded down; further sizes do.
     """
-    if isinstance(value, tuple | list):
-        parts = [
-            _merge(item, {label: other[place] for label, other in others.items()}, sizes, build)
-            for place, item in enumerate(value)
-        ]
-        return type(value)(parts)
-    if isinstance(value, dict):
-        return {
-            key: _merge(item, {label: other[key] for label, other in others.items()}, sizes, build)
-            for key, item in value.items()
-        }
-    if not isinstance(value, int) or isinstance(value, bool):
-        return value
-    moved = {label: other - value for label, other in others.items() if other != value}
-    if not moved:
-        return value
-    if len(moved) > 1:
-        raise TaskError(
-            f"a size in the model depends on {' and '.join(sorted(moved))} together; "
-            "give the task only one dynamic dimension"
-        )
-    ((label, factor),) = moved.items()
-    return build(label, factor, value - factor * sizes[label])
+    graph = fx.GraphModule(graph, graph.graph)  # without the exporter's check of the sizes that it saw
+    for label, size in sizes.items():
+        tried = [{label: other} for other in _further(size)]
+        if not sum(_check_at(graph, model, _resized(example, free, each), each) for each in tried):
+            raise _refused(label, f"beside {size} the model runs at none of the sizes {list(_further(size))}")
+    if len(sizes) > 1:
+        together = {label: _further(size)[-1] for label, size in sizes.items()}
+        _check_at(graph, model, _resized(example, free, together), together)
+
+
+def _further(size: int) -> tuple[int, ...]:
+    """Sizes to check at; long dimensions only shorter, since a model may end (with its table of positions, say)."""
+    return (1, 4, 7) if size < 4 else (size // 2, size - 1)
+
+
+def _check_at(graph: fx.GraphModule, model: nn.Module, inputs: dict[str, Tensor], sizes: dict[str, int]) -> bool:
+    """Whether the model runs on these inputs at all; where it does, the graph must give the same."""
+    label = " and ".join(sizes)
+    text = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    try:
+        want = model(**{name: tensor.clone() for name, tensor in inputs.items()})
+    except (
+        Exception
+    ):  # the user's own code runs here, and may not be made for this size; then there is nothing to match
+        return False
+    try:
+        got = graph(**{name: tensor.clone() for name, tensor in inputs.items()})
+    except Exception as error:
+        raise _refused(
+            label, f"a size that Python fixed does not follow it (at {text}: {_brief(error)[:120]})"
+        ) from error
+    reason = difference(want, got)
+    if reason:
+        raise _refused(label, f"a size that Python fixed does not follow it linearly (at {text}: {reason})")
+    return True
