@@ -101,8 +101,8 @@ def modelled(work: Work, input_bytes: int, batch: int = 1) -> Estimate:
     A float multiply-accumulate is a float32 multiply and a float32 addition; an integer one an int8 multiply and an
     int32 addition. Every stored weight byte comes from DRAM once (so do tables of which a few rows are used). Every
     byte of activations (what the runtime's operations give to one another; where the target cannot tell them: the
-    model's input) is written to and read from a cache of 1 MB once. What control, addressing and other operations cost is left out, so only
-    ratios should be relied on.
+    model's input) is written to and read from a cache of 1 MB once. What control, addressing and other operations
+    cost is left out, so only ratios should be relied on.
     """
     floats = (work.macs - work.integer_macs) * (PICOJOULES["float32 multiply"] + PICOJOULES["float32 add"])
     integers = work.integer_macs * (PICOJOULES["int8 multiply"] + PICOJOULES["int32 add"])

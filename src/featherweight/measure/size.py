@@ -12,8 +12,9 @@ class Size(Axis, name="size"):
     """Read the bytes on the disk and, off the artifact's own graph, its weights and its multiply-accumulates.
 
     Gives `file_bytes` (the runtime's file or folder), `weight_bytes` and `parameters` (as stored), `macs`
-    (multiply-accumulates of one inference at batch 1, or at the batch size that the artifact is fixed to) and `integer_macs` (those of them whose operands are integers).
-    For the compressed artifact also `ratio`: the original's file bytes over its own.
+    (multiply-accumulates of one inference at batch 1, or at the batch size that the artifact is fixed to) and
+    `integer_macs` (those of them whose operands are integers). For the compressed artifact also `ratio`: the
+    original's file bytes over its own.
     """
 
     def read(self, bench: Bench) -> list[Reading]:
