@@ -137,6 +137,19 @@ def test_it_can_be_trained_saved_and_trained_again(tmp_path):
     Context(task).fit(again, Training(epochs=1, lr=1e-2))
 
 
+def test_a_norm_that_cannot_be_folded_is_left_and_said():
+    """The norm takes away a mean beside which the outputs are rounding; folding it would leave another rounding."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 3)).eval()
+    with torch.no_grad():
+        for values, value in ((model[0].bias, 1e5), (model[1].running_mean, 1e5), (model[1].running_var, 1e-6)):
+            values.fill_(value)
+    pictures = Arrays(torch.randn(8, 1, 4, 4), torch.zeros(8, dtype=torch.long))
+    task = Task(name="edge", model=model, calibrate=pictures, test=pictures)
+    made, record = run_step(step("quantize.static"), task.fresh(), Context(task, device=torch.device("cpu")))
+    assert any("batch norms are not folded" in text and "differs by" in text for text in record.warnings)
+    assert any(node.target is torch.ops.aten.batch_norm.default for node in made.graph.nodes)
+
+
 def test_nan_while_calibrating_is_not_finite():
     class Bad(Residual):
         def forward(self, x):

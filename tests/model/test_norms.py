@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from featherweight.model.graph import captured
-from featherweight.model.norms import aten, fold_norms, folded
+from featherweight.model.graph import CAPTURED, captured
+from featherweight.model.norms import aten, fold_norms, folded, without_norms
 
 
 def _with_statistics(model: nn.Module) -> nn.Module:
@@ -83,3 +83,71 @@ def test_a_norm_over_a_sequence_stays():
     graph = captured(model, {"input": x}, {"input": {0: "batch"}})
     assert fold_norms(graph) == []
     torch.testing.assert_close(graph(x), model(x))
+
+
+class Functional(nn.Module):
+    """Two convolutions without a bias whose weights, and a bias of the user's own, are parameters of one module."""
+
+    def __init__(self, names=("w1_weight", "w2_weight")):
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(4, 4, 3, 3)))
+        self.bias = nn.Parameter(torch.randn(1, 4, 1, 1))
+        self.one, self.two = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        weights = [getattr(self, name) for name in self.names]
+        x = torch.relu(self.one(nn.functional.conv2d(x, weights[0], padding=1))) + self.bias
+        return self.two(nn.functional.conv2d(x, weights[1], padding=1))
+
+
+@pytest.mark.parametrize(
+    "names, biases",
+    [
+        (("w1_weight", "w2_weight"), {"w1_bias", "w2_bias"}),
+        (("weight", "kernel"), {"bias_1", "kernel_bias"}),
+    ],
+)
+def test_a_new_bias_takes_no_name_that_is_taken(names, biases):
+    model, x = _with_statistics(Functional(names)), torch.randn(2, 4, 6, 6)
+    graph = captured(model, {"x": x}, {"x": {0: "batch"}})
+    assert len(fold_norms(graph)) == 2 and _norms(graph) == 0
+    assert dict(graph.named_parameters()).keys() == {*names, "bias", *biases}
+    assert torch.equal(graph.bias, model.bias)
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer, norm, x",
+    [
+        (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), torch.randn(2, 3, 9, 9)),
+        (nn.Linear(5, 8), nn.BatchNorm1d(8), torch.randn(2, 5)),
+    ],
+)
+def test_norms_are_folded_where_the_outputs_stay(layer, norm, x):
+    model = _with_statistics(nn.Sequential(layer, norm))
+    graph = captured(model, {"input": x}, {"input": {0: "batch"}})
+    made, layers, reason = without_norms(graph, {"input": x})
+    assert (layers, reason) == (["0"], "") and _norms(made) == 0 and _norms(graph) == 1
+    assert type(made).__name__ == type(graph).__name__ == CAPTURED
+    torch.testing.assert_close(graph(x), model(x))
+    torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def at_the_edge() -> nn.Sequential:
+    """The norm takes away a mean beside which what is left is rounding: folded, another rounding is left."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(1e5)
+        model[1].running_mean.fill_(1e5)
+        model[1].running_var.fill_(1e-6)
+    return model
+
+
+def test_norms_stay_where_folding_changes_the_outputs():
+    model, x = at_the_edge(), torch.randn(2, 3, 9, 9)
+    graph = captured(model, {"input": x}, {"input": {0: "batch"}})
+    same, layers, reason = without_norms(graph, {"input": x})
+    assert same is graph and layers == [] and "'output' differs by" in reason
+    assert torch.equal(graph(x), model(x))

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx, nn
+
+from featherweight.core.outputs import difference
+
+from .graph import plain_graph
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -47,6 +54,24 @@ def fold_norms(module: fx.GraphModule, keep: frozenset[str] = frozenset()) -> li
     return done
 
 
+@torch.no_grad()
+def without_norms(
+    module: fx.GraphModule, example: Mapping[str, Tensor], keep: frozenset[str] = frozenset()
+) -> tuple[fx.GraphModule, list[str], str]:
+    """`module` with its batch norms folded (see `fold_norms`) if that changes its outputs on `example` by no more than
+    rounding, else as it is.
+
+    Also gives the names of the layers that took a batch norm in, and why none did if the outputs would differ.
+    """
+    made = plain_graph(copy.deepcopy(module))
+    layers = fold_norms(made, keep)
+    if not layers:
+        return module, [], ""
+    want, got = (graph(**{name: tensor.clone() for name, tensor in example.items()}) for graph in (module, made))
+    reason = difference(want, got)
+    return (module, [], reason) if reason else (made, layers, "")
+
+
 def _can_fold(norm: fx.Node, keep: frozenset[str]) -> bool:
     layer, training = norm.args[0], norm.args[5]
     if training or not isinstance(layer, fx.Node) or layer.target not in FOLDABLE or len(layer.users) != 1:
@@ -79,10 +104,10 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> str:
     trainable = attribute(module, name).requires_grad
     setattr(owner, name.rpartition(".")[2], nn.Parameter(weight, requires_grad=trainable))
     if bias_node is None:
-        bias_name = f"{prefix}.bias" if prefix else "bias"
-        owner.register_parameter("bias", nn.Parameter(bias, requires_grad=trainable))
+        bias_name = _free_bias(owner, name.rpartition(".")[2])
+        owner.register_parameter(bias_name, nn.Parameter(bias, requires_grad=trainable))
         with module.graph.inserting_before(layer):
-            bias_node = module.graph.get_attr(bias_name)
+            bias_node = module.graph.get_attr(f"{prefix}.{bias_name}".lstrip("."))
         layer.args = (*layer.args[:2], bias_node, *layer.args[3:])
     else:
         target = str(bias_node.target)  # type: ignore[union-attr]
@@ -94,6 +119,15 @@ def _fold(module: fx.GraphModule, norm: fx.Node) -> str:
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return prefix
+
+
+def _free_bias(owner: nn.Module, weight: str) -> str:
+    """A name for the bias that belongs to `weight`, which nothing in `owner` bears: "bias" for "weight"."""
+    name = wanted = f"{weight[:-6]}bias" if weight.endswith("weight") else f"{weight}_bias"
+    count = 1
+    while getattr(owner, name, None) is not None:
+        name, count = f"{wanted}_{count}", count + 1
+    return name
 
 
 def attribute(module: nn.Module, name: object) -> Tensor:

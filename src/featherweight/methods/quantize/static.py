@@ -17,7 +17,7 @@ from featherweight.core.errors import NotFinite, TaskError
 from featherweight.core.soft import Link, chains, encodings, fold
 from featherweight.core.step import OneOf, Place, Trait
 from featherweight.model.graph import captured
-from featherweight.model.norms import TRANSPOSED, attribute, fold_norms
+from featherweight.model.norms import TRANSPOSED, attribute, without_norms
 from featherweight.model.port import Port
 from featherweight.model.rounding import Rounding
 from featherweight.model.select import LayerStep, excluded, patterns
@@ -30,11 +30,12 @@ from .ranges import Calibration, Histogram, activation_range
 class StaticQuantization(LayerStep, kind="quantize.static"):
     """Store the weights of convolutions and linear layers as 8-bit integers and compute on 8-bit activations.
 
-    Batch norm is folded first. Weights are symmetric per output channel (`weights`: scales by the largest magnitude, or
-    by least squared error); activations are affine per tensor, with ranges from the calibration split by `calibration`.
-    Ports stand at the inputs of these layers, at the outputs of convolutions, and around additions, concatenations and
-    poolings between them, so that a runtime can keep integers throughout. The model becomes a captured graph: it can
-    still be trained, not reshaped. Raises `NotFinite` if calibration meets NaN.
+    Batch norm is folded first, unless that changes the outputs beyond rounding. Weights are symmetric per output
+    channel (`weights`: scales by the largest magnitude, or by least squared error); activations are affine per tensor,
+    with ranges from the calibration split by `calibration`. Ports stand at the inputs of these layers, at the outputs
+    of convolutions, and around additions, concatenations and poolings between them, so that a runtime can keep integers
+    throughout. The model becomes a captured graph: it can still be trained, not reshaped. Raises `NotFinite` if
+    calibration meets NaN.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -52,7 +53,9 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
         stored = {name for name, encoding in encodings(model).items() if not isinstance(encoding, Sparse)}
         free = {name: ctx.task.free(name) for name in ctx.example}
         module = captured(fold(model), ctx.example, free)
-        folded = fold_norms(module, frozenset(stored))
+        module, folded, unequal = without_norms(module, ctx.example, frozenset(stored))
+        if unequal:
+            ctx.warn(f"{self.kind}: batch norms are not folded, which would change the outputs: {unequal}")
         for layer in folded:
             ctx.change(layer, "batch norm folded in")
         _keep_links(module, links)
