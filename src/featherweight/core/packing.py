@@ -25,21 +25,17 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` integers of a stream made by `pack_bits`, as int32 in one dimension."""
+    """The first `count` integers of a stream made by `pack_bits`, as int32 in one dimension.
+
+    A value lies in one byte or in two. It is cut out in float32, which holds two bytes exactly: shifts and integer
+    division have no short form, or none at all, where this is exported to.
+    """
     import torch
 
-    rows = stream.reshape(-1, bits).to(torch.int32)
-    columns = [_value(rows, place * bits, bits) for place in range(8)]
-    return torch.stack(columns, 1).reshape(-1)[:count]
-
-
-def _value(rows: Tensor, start: int, bits: int) -> Tensor:
-    """The value whose lowest bit is bit `start` of each row; it lies in one byte or in two.
-
-    Division and remainder stand for shift and mask: every exporter knows them.
-    """
-    byte, shift = divmod(start, 8)
-    word = rows[:, byte]
-    if shift + bits > 8:
-        word = word + rows[:, byte + 1] * 256
-    return (word // 2**shift) % 2**bits if shift else word % 2**bits
+    start = torch.arange(8, device=stream.device) * bits
+    byte = start // 8
+    rows = stream.reshape(-1, bits).float()
+    words = rows.index_select(1, byte) + rows.index_select(1, (byte + 1).clamp(max=bits - 1)) * 256
+    values = torch.floor(words / 2.0 ** (start - byte * 8))
+    values = values - torch.floor(values / 2**bits) * 2**bits
+    return values.reshape(-1)[:count].to(torch.int32)
