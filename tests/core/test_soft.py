@@ -55,6 +55,17 @@ def test_a_link_that_names_no_form_after_one_that_does_makes_the_weight_plain(ma
     assert encodings(masked) == {}
 
 
+def test_a_link_that_changes_nothing_keeps_the_form_of_the_one_before(masked):
+    class Same(Link):
+        def forward(self, weight):
+            return weight.clone()
+
+    before = encodings(masked)["0.weight"]
+    parametrize.register_parametrization(masked[0], "weight", Same())
+    after = encodings(masked)["0.weight"]
+    assert isinstance(after, Sparse) and torch.equal(after.decode(), before.decode())
+
+
 def test_fold_gives_plain_values_and_leaves_the_model_alone(masked):
     x = torch.randn(5, 4)
     before, types = masked(x), [type(module) for module in masked.modules()]

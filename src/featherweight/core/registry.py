@@ -26,13 +26,16 @@ def load(group: str) -> tuple[ModuleType, ...]:
 
 
 def need(package: str, extra: str) -> ModuleType:
-    """Import `package`, or raise `MissingExtra` with the command that installs it."""
+    """Import `package`, or raise `MissingExtra` with the command that installs it.
+
+    A package that is there but lacks another one of its own raises what Python raises: the extra would not help.
+    """
     from .errors import MissingExtra
 
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name and not package.startswith(error.name):
+        if not f"{package}.".startswith(f"{error.name}."):
             raise
         raise MissingExtra(
             f"the package {package} is not installed; run: pip install 'featherweight[{extra}]'"

@@ -71,16 +71,18 @@ def chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[Link]]]
 def encodings(model: nn.Module) -> dict[str, Encoding]:
     """The Encoding of every soft weight, by the weight's full name: that of the last link of its chain which names one.
 
-    A link that names no Encoding may only follow one that does if it changes nothing; otherwise the value is stored
-    plain.
+    Where a link behind it changes the value, that Encoding no longer holds it: the weight is stored plain, and is not
+    named here.
     """
     found: dict[str, Encoding] = {}
     for name, module, attribute, links in chains(model):
         value = module.parametrizations[attribute].original  # type: ignore[index,union-attr]
         last: Encoding | None = None
         for link in links:
-            last = link.encode(value)
-            value = link(value)
+            named, made = link.encode(value), link(value)
+            if named is not None or not torch.equal(made, value):
+                last = named
+            value = made
         if last is not None:
             found[name] = last
     return found
