@@ -10,7 +10,8 @@ from torch import nn
 from featherweight.core.context import Context, fingerprint
 from featherweight.core.data import Arrays
 from featherweight.core.errors import NotFinite, TaskError
-from featherweight.core.fit import Training, fit, steps_per_epoch, task_loss, weighted
+from featherweight.core.fit import Training, fit, grouped, steps_per_epoch, task_loss, towards, weighted
+from featherweight.core.metric import mean_squared_error, top1
 from featherweight.core.task import Task
 
 
@@ -107,6 +108,72 @@ def test_batches_that_come_ready_are_taken_as_they_are(task):
     assert len(seen) == 7
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.outer(torch.relu(self.norm(self.inner(x))))
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_last_batch_of_one_is_left_out_and_said(task, ready):
+    """Batch norm cannot be trained on it."""
+    sizes, data = [], Arrays(*(tensor[:49] for tensor in task.train.tensors))
+    if ready:
+        data = [data.batch(torch.arange(start, min(start + 16, 49))) for start in (0, 16, 32, 48)]
+
+    def loss(output, batch):
+        sizes.append(len(output))
+        return nn.functional.cross_entropy(output, batch[1])
+
+    lone = replace(task, model=Normed().eval(), train=data, loss=loss)
+    ctx = context(lone)
+    fit(lone.fresh(), ctx, Training(epochs=2))
+    assert sizes == [16] * (8 if ready else 6)
+    assert ctx.record.warnings == [
+        "training: a last batch of one input was left out of each epoch; another batch_size would use it"
+    ]
+    assert steps_per_epoch(ctx, 16) == (4 if ready else 3)
+
+
+def test_batches_of_one_input_are_used_or_refused_in_one_line(task):
+    ctx = context(task)
+    fit(task.fresh(), ctx, Training(epochs=0.1, batch_size=1))
+    assert ctx.record.warnings == [] and steps_per_epoch(ctx, 1) == 70
+    normed = replace(task, model=Normed().eval())
+    with pytest.raises(TaskError, match="batch norm cannot be trained on a batch of one input; set batch_size"):
+        fit(normed.fresh(), context(normed), Training(batch_size=1))
+    single = replace(task, train=Arrays(*(tensor[:1] for tensor in task.train.tensors)))
+    fit(single.fresh(), context(single), Training(epochs=2))
+
+
+def test_the_teacher_teaches_outputs_that_are_no_classes():
+    """One column, judged by classes or not: softened classes would be equal whatever the model gives."""
+    x = torch.randn(64, 6)
+    for metric in (mean_squared_error(), top1()):
+        task = Task(name="one", model=nn.Linear(6, 1).eval(), train=Arrays(x, x[:, :1]), metric=metric)
+        student = nn.Linear(6, 1)
+        before = (student(x) - task.original(x)).square().mean().item()
+        loss = fit(student, context(task), Training(epochs=100, lr=0.03, teacher=1.0))
+        assert loss > 0 and (student(x) - task.original(x)).square().mean().item() < 0.1 * before
+
+
+def test_classes_are_taught_as_softened_classes(task):
+    ctx, batch = context(task), next(iter(task.batches("train")))
+    output = nn.Linear(6, 3)(batch[0])
+    terms = {name: towards(2.0, loss=name)(task.original, batch, output, ctx) for name in ("auto", "kl", "mse")}
+    assert terms["auto"] == terms["kl"] != terms["mse"]
+
+
+def test_softened_classes_of_one_column_are_refused():
+    x = torch.randn(8, 6)
+    task = Task(name="one", model=nn.Linear(6, 1).eval(), train=Arrays(x, x[:, :1]))
+    with pytest.raises(TaskError, match=r"shape \(8, 1\) are no scores of several classes"):
+        towards(2.0, loss="kl")(task.original, (x, x[:, :1]), task.original(x), context(task))
+
+
 def test_frozen_parameters_do_not_move(task):
     model = task.fresh()
     model.inner.weight.requires_grad_(False)
@@ -131,3 +198,15 @@ def test_generators_depend_on_seed_and_purpose_only(task):
         for seed, purpose in ((0, "a"), (0, "a"), (0, "b"), (1, "a"))
     ]
     assert draws[0] == draws[1] and len(set(draws)) == 3
+
+
+def test_a_group_has_its_own_rate_and_decay_and_the_rest_the_schedule(task):
+    model = task.fresh()
+    slow = [model.inner.weight, nn.Parameter(torch.ones(1))]  # the second is no parameter of the model
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    fit(model, context(task), Training(lr=1e-2), groups=[{"params": slow, "lr": 1e-9, "weight_decay": 0.0}])
+    after = dict(model.named_parameters())
+    assert torch.allclose(after["inner.weight"], before["inner.weight"], atol=1e-6)
+    assert (after["outer.weight"] - before["outer.weight"]).abs().max() > 1e-4
+    parts = grouped(list(model.parameters()), [{"params": slow, "lr": 1.0}])
+    assert [len(part["params"]) for part in parts] == [len(before) - 1, 1] and parts[1]["lr"] == 1.0

@@ -12,13 +12,12 @@ from torch import nn
 from featherweight.core.context import Context, run_step
 from featherweight.core.data import Arrays
 from featherweight.core.errors import ArtifactError, RecipeError, TaskError
-from featherweight.core.fit import soft_cross_entropy, soft_targets
+from featherweight.core.fit import missed_variance, soft_cross_entropy, soft_targets
 from featherweight.core.metric import mean_squared_error
 from featherweight.core.outputs import first
 from featherweight.core.recipe import Recipe
 from featherweight.core.step import step
 from featherweight.core.task import Task
-from featherweight.methods.distill.logits import missed_variance
 from featherweight.model.skeleton import save
 
 CPU = torch.device("cpu")
@@ -138,7 +137,7 @@ def test_auto_matches_outputs_where_the_metric_is_not_about_classes():
 def test_auto_takes_classes_where_the_metric_is_about_them(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "featherweight.methods.distill.logits.soft_targets", lambda *given: asked.append(given) or soft_targets(*given)
+        "featherweight.core.fit.soft_targets", lambda *given: asked.append(given) or soft_targets(*given)
     )
     task = conv_task()
     run_step(step("distill.logits", temperature=3), damaged(task), Context(task, device=CPU))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .data import to_device
 from .errors import NotFinite, TaskError
+from .metric import same_class
 from .outputs import first
 from .step import Between
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Term = Callable[[nn.Module, Any, Any, "Context"], Tensor]  # (model, batch, output, ctx) -> loss
 During = Callable[[nn.Module, float], None]  # (model, t in [0, 1]) -> None, called before every optimizer step
+Groups = Sequence[dict[str, Any]]  # as torch.optim takes them: {"params": [...], "lr": ..., "weight_decay": ...}
 
 
 class Schedule(BaseModel):
@@ -42,7 +44,8 @@ class Schedule(BaseModel):
 class Training(Schedule):
     """How a model is trained: its schedule, and optionally a teacher's soft targets.
 
-    `teacher` is the weight of the original model's soft targets in the loss (the task's own loss gets the rest).
+    `teacher` is the weight of the original model's outputs in the loss (the task's own loss gets the rest): softened by
+    `temperature` where they are classes, as they are where not (see `towards`).
     """
 
     teacher: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -50,7 +53,7 @@ class Training(Schedule):
 
     def term(self) -> Term:
         """The task's loss and the soft targets, by their weights."""
-        return weighted([(1 - self.teacher, task_loss), (self.teacher, soft_targets(self.temperature))])
+        return weighted([(1 - self.teacher, task_loss), (self.teacher, towards(self.temperature))])
 
 
 def task_loss(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
@@ -71,10 +74,15 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 def soft_targets(temperature: float, teachers: Sequence[nn.Module] = ()) -> Term:
     """A term that pulls the student's softened classes to the teacher's (or to the mean of an ensemble's
-    probabilities).
+    probabilities). It raises `TaskError` where there are not several: the divergence of one from one is always nought.
     """
 
     def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
+        if not _several(first(output)):
+            raise TaskError(
+                f"task {ctx.task.name}: outputs of shape {tuple(first(output).shape)} are no scores of several "
+                "classes; match the outputs themselves instead (loss 'mse' of distill.logits)"
+            )
         with torch.no_grad():
             logits = [first(ctx.task.call(teacher, batch)).float() for teacher in (teachers or (ctx.teacher,))]
             target = logits[0]
@@ -87,6 +95,49 @@ def soft_targets(temperature: float, teachers: Sequence[nn.Module] = ()) -> Term
                     * temperature
                 )
         return soft_cross_entropy(first(output), target, temperature)
+
+    return term
+
+
+def missed_variance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference over the variance of `teacher`: 0 for equal outputs, 1 for a constant at the mean.
+
+    Regression on a teacher's outputs: Ba and Caruana, arXiv:1312.6184; the scale makes a weight mean the same anywhere.
+    """
+    return nn.functional.mse_loss(student.float(), teacher.float()) / teacher.float().var(correction=0).clamp_min(1e-12)
+
+
+def matched_outputs(teachers: Sequence[nn.Module] = ()) -> Term:
+    """A term that pulls the student's first output to the teacher's (or to the mean of several teachers')."""
+
+    def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
+        with torch.no_grad():
+            outputs = [first(ctx.task.call(teacher, batch)).float() for teacher in (teachers or (ctx.teacher,))]
+        return missed_variance(first(output), torch.stack(outputs).mean(0))
+
+    return term
+
+
+def are_classes(output: Any, ctx: Context) -> bool:
+    """Whether a model's first output is scores of classes: the task's metric agrees by class, and there are several."""
+    return ctx.task.metric.agree is same_class and _several(first(output))
+
+
+def _several(scores: Tensor) -> bool:
+    return scores.dim() > 1 and scores.shape[-1] > 1
+
+
+def towards(
+    temperature: float, teachers: Sequence[nn.Module] = (), loss: Literal["auto", "kl", "mse"] = "auto"
+) -> Term:
+    """The term that pulls the student to its teachers: "kl" by `soft_targets`, "mse" by `matched_outputs`, "auto" by
+    the first where the outputs are classes, else by the second.
+    """
+    soft, matched = soft_targets(temperature, teachers), matched_outputs(teachers)
+
+    def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
+        by_class = loss == "kl" or (loss == "auto" and are_classes(output, ctx))
+        return (soft if by_class else matched)(model, batch, output, ctx)
 
     return term
 
@@ -108,9 +159,14 @@ def fit(
     term: Term | None = None,
     during: During | None = None,
     text: str = "training",
+    groups: Groups | None = None,
 ) -> float:
     """Train `model` in place on the task's training data; return the mean loss over the last epoch's worth of steps.
 
+    A last batch of one input behind larger ones is left out, and said: batch norm cannot be trained on it, and one
+    input would weigh as much as a whole batch. The order is drawn anew each epoch, so it is another input each time.
+    `groups` gives some parameters a rate or a weight decay of their own; those in no group are trained as `training`
+    says.
     Raises `NotFinite` as soon as the loss is NaN or infinite, `TaskError` if there are no training data or nothing to
     train.
     """
@@ -124,17 +180,17 @@ def fit(
     size = training.batch_size or ctx.task.batch_size
     per_epoch = steps_per_epoch(ctx, size)
     total = max(1, round(training.epochs * per_epoch))
-    optimizer = _optimizer(parameters, training)
+    optimizer = _optimizer(grouped(parameters, groups or ()), training)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate(done, total, training.warmup))
     model.to(ctx.device).train()
     losses: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        for done, batch in enumerate(ctx.progress.track(_endless(ctx, size, generator, total), text, total)):
+        for done, batch in enumerate(ctx.progress.track(_endless(ctx, size, generator, total, text), text, total)):
             if during is not None:
                 during(model, done / total)
             batch = to_device(batch, ctx.device)
-            loss = term(model, batch, ctx.task.call(model, batch), ctx)
+            loss = term(model, batch, _output(model, batch, ctx), ctx)
             if not torch.isfinite(loss):
                 raise NotFinite(
                     f"the loss became {float(loss.detach())} at step {done + 1} of {total} of {text}; "
@@ -153,21 +209,45 @@ def fit(
     return float(torch.stack(losses[-per_epoch:]).mean())
 
 
+def _output(model: nn.Module, batch: Any, ctx: Context) -> Any:
+    try:
+        return ctx.task.call(model, batch)
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel when training"):
+            raise
+        raise TaskError(
+            f"task {ctx.task.name}: batch norm cannot be trained on a batch of one input; "
+            "set batch_size to 2 or more, or give larger batches"
+        ) from error
+
+
 def steps_per_epoch(ctx: Context, size: int) -> int:
-    """How many batches of `size` the training data give; an iterable of batches counts as it is."""
+    """How many batches of `size` the training data give, without a last one of one input; an iterable of batches counts
+    as it is.
+    """
     data = ctx.task.train
     from .data import is_map_style
 
     if is_map_style(data):
-        return max(1, -(-len(data) // size))
+        full, rest = divmod(len(data), size)
+        return max(1, full + (rest > 1))
     return len(data) if hasattr(data, "__len__") else sum(1 for _ in ctx.task.batches("train", size))
 
 
-def _endless(ctx: Context, size: int, generator: torch.Generator, total: int) -> Any:
-    done = 0
+def _endless(ctx: Context, size: int, generator: torch.Generator, total: int, text: str) -> Iterator[Any]:
+    """`total` batches of the training data, from the start again and again, without batches of one input behind larger
+    ones.
+    """
+    done, largest = 0, 0
+    alone = f"{text}: a last batch of one input was left out of each epoch; another batch_size would use it"
     while done < total:
         before = done
         for batch in ctx.task.batches("train", size, generator):
+            largest = max(largest, count := ctx.task.count(batch))
+            if count == 1 < largest:
+                if alone not in ctx.record.warnings:
+                    ctx.warn(alone)
+                continue
             yield batch
             done += 1
             if done == total:
@@ -178,7 +258,15 @@ def _endless(ctx: Context, size: int, generator: torch.Generator, total: int) ->
             )
 
 
-def _optimizer(parameters: list[nn.Parameter], training: Schedule) -> torch.optim.Optimizer:
+def grouped(parameters: list[nn.Parameter], groups: Groups) -> list[dict[str, Any]]:
+    """Groups for the optimizer: first the parameters that no group names, then of each group those that are trained."""
+    trained = {id(parameter) for parameter in parameters}
+    own = [{**group, "params": [each for each in group["params"] if id(each) in trained]} for group in groups]
+    named = {id(each) for group in own for each in group["params"]}
+    return [{"params": [each for each in parameters if id(each) not in named]}, *own]
+
+
+def _optimizer(parameters: list[dict[str, Any]], training: Schedule) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, lr=training.lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay

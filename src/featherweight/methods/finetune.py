@@ -15,8 +15,9 @@ class Finetune(Step, Training, kind="finetune"):
     """Train the model on the task's own loss, with all its masks and integer grids held.
 
     Soft weights stay soft: gradients pass through them, so a masked or quantized model recovers as what it is
-    (quantization-aware training). `teacher` above 0 mixes in the original model's soft targets. Raises `TaskError`
-    without training data, `NotFinite` if the loss leaves the finite numbers.
+    (quantization-aware training). `teacher` above 0 mixes in the original model's outputs: as soft targets where they
+    are classes, else as they are. Raises `TaskError` without training data, `NotFinite` if the loss leaves the finite
+    numbers.
     """
 
     needs: ClassVar[Trait] = Trait.TRAINABLE

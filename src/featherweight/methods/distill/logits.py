@@ -7,13 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.context import Context
 from ...core.errors import TaskError
 from ...core.files import file_digest
-from ...core.fit import Schedule, Term, soft_targets, task_loss, weighted
-from ...core.metric import same_class
+from ...core.fit import Schedule, Term, task_loss, towards, weighted
 from ...core.outputs import first
 from ...core.step import Between, Place, Step, Trait
 from ...core.task import find_task
@@ -26,9 +25,9 @@ class DistillLogits(Step, Schedule, kind="distill.logits"):
     `weight` is the share of the teachers in the loss; the task's own loss gets the rest, so with `weight` 1 no labels
     are needed. `loss` "kl" compares class probabilities softened by `temperature` (an ensemble's are averaged), "mse"
     the outputs themselves, as the share of the teachers' variance that is missed; "auto" takes "kl" where the task's
-    metric agrees by class, else "mse". `teachers` are tasks (`file.py:function`, `zoo:NAME`) or folders written by
-    `save` from this task's model; they get the same inputs and join the original. Raises `TaskError` if the outputs do
-    not match.
+    metric agrees by class and there are several classes, else "mse". `teachers` are tasks (`file.py:function`,
+    `zoo:NAME`) or folders written by `save` from this task's model; they get the same inputs and join the original.
+    Raises `TaskError` if the outputs do not match.
     """
 
     needs: ClassVar[Trait] = Trait.TRAINABLE
@@ -50,37 +49,16 @@ class DistillLogits(Step, Schedule, kind="distill.logits"):
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         teachers = [ctx.teacher, *(_teacher(spec, ctx) for spec in self.teachers)]
         _check_outputs(model, teachers, ctx)
-        loss = ctx.fit(model, self, self.soft_term(teachers, ctx), text="distilling")
+        loss = ctx.fit(model, self, self.soft_term(teachers), text="distilling")
         ctx.change("*", f"trained for {self.epochs:g} epochs towards {len(teachers)} teacher(s), last loss {loss:.4g}")
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 ctx.leave(name, "frozen (requires_grad is False)")
         return model
 
-    def soft_term(self, teachers: list[nn.Module], ctx: Context) -> Term:
+    def soft_term(self, teachers: list[nn.Module]) -> Term:
         """The loss that is minimised: the teachers' part and the task's, by their weights."""
-        by_class = self.loss == "kl" or (self.loss == "auto" and ctx.task.metric.agree is same_class)
-        soft = soft_targets(self.temperature, teachers) if by_class else matched_outputs(teachers)
-        return weighted([(self.weight, soft), (1 - self.weight, task_loss)])
-
-
-def missed_variance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over the variance of `teacher`: 0 for equal outputs, 1 for a constant at the mean.
-
-    Regression on a teacher's outputs: Ba and Caruana, arXiv:1312.6184; the scale makes `weight` mean the same anywhere.
-    """
-    return nn.functional.mse_loss(student.float(), teacher.float()) / teacher.float().var(correction=0).clamp_min(1e-12)
-
-
-def matched_outputs(teachers: list[nn.Module]) -> Term:
-    """A term that pulls the student's first output to the mean of the teachers'."""
-
-    def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
-        with torch.no_grad():
-            outputs = [first(ctx.task.call(teacher, batch)).float() for teacher in teachers]
-        return missed_variance(first(output), torch.stack(outputs).mean(0))
-
-    return term
+        return weighted([(self.weight, towards(self.temperature, teachers, self.loss)), (1 - self.weight, task_loss)])
 
 
 def _teacher(spec: str, ctx: Context) -> nn.Module:
