@@ -80,7 +80,7 @@ def place(graph: fx.Graph, wanted: set[str]) -> Placement:
             for item in _tensors(node):
                 _port(item, ported, found)
             _port(_end(node), ported, found)
-        elif node.target in POOLS and _origin(node.args[0]) in ported and _pools_space(node):
+        elif node.target in POOLS and moved_from(node.args[0]) in ported and _pools_space(node):
             _port(node.args[0], ported, found)
             _port(node, ported, found)
     return found
@@ -94,8 +94,8 @@ def _end(node: fx.Node) -> fx.Node:
     return node
 
 
-def _origin(value: object) -> fx.Node | None:
-    """The value that `value` is only a moved form of."""
+def moved_from(value: object) -> fx.Node | None:
+    """The value that `value` is only a moved form of; None for what is no value of the graph."""
     while isinstance(value, fx.Node) and (
         value.target in MOVES or (value.target in PADS and _zero_pad(value)) or _is_getitem(value)
     ):
@@ -119,7 +119,7 @@ def _zero_pad(node: fx.Node) -> bool:
 
 def _port(value: fx.Node, ported: set[fx.Node], found: Placement) -> None:
     """Put a port behind `value`, and behind what it is a moved form of; both have one scale."""
-    origin = _origin(value)
+    origin = moved_from(value)
     assert origin is not None
     if origin not in ported:
         ported.add(origin)
@@ -133,7 +133,7 @@ def _all_integer(node: fx.Node, ported: set[fx.Node]) -> bool:
     items = _tensors(node)
     return (
         len(items) > 1
-        and all(_origin(item) in ported for item in items)
+        and all(moved_from(item) in ported for item in items)
         and not node.kwargs.get("alpha")
         and _from_convolution(items)
     )
@@ -141,7 +141,7 @@ def _all_integer(node: fx.Node, ported: set[fx.Node]) -> bool:
 
 def _from_convolution(items: list[fx.Node]) -> bool:
     """Whether one of the values is no model input: what joins is inside the network."""
-    return any(origin is not None and origin.op != "placeholder" for origin in map(_origin, items))
+    return any(origin is not None and origin.op != "placeholder" for origin in map(moved_from, items))
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
