@@ -66,8 +66,30 @@ def test_agreement_by_class_and_by_value():
     changed = sequence.copy()
     changed[1, 0] = [0, 0, 0, 9]
     assert same_class(sequence, changed).tolist() == [1.0, 0.75]
-    assert close(one, one * 1.04).tolist() == [1.0, 1.0] and close(one, one * 1.06).tolist() == [0.0, 0.0]
-    assert close(np.zeros((1, 3)), np.zeros((1, 3))).tolist() == [1.0]
+
+
+def test_numbers_agree_within_five_percent():
+    for numbers in (np.array([2.0, -3.0]), np.array([[2.0], [-3.0]])):
+        assert close(numbers, numbers * 1.04).tolist() == [1.0, 1.0]
+        assert close(numbers, numbers * 1.06).tolist() == close(numbers, -numbers).tolist() == [0.0, 0.0]
+
+
+def test_vectors_agree_by_their_direction_and_roughly_their_length():
+    one = np.array([[3.0, 0.0]])
+    for cosine, same in ((0.96, 1.0), (0.94, 0.0), (-1.0, 0.0)):
+        assert close(one, 3 * np.array([[cosine, np.sqrt(1 - cosine**2)]])).tolist() == [same]
+    assert [close(one, one * factor).item() for factor in (0.6, 0.7, 1.3, 1.4)] == [0.0, 1.0, 1.0, 0.0]
+    nought = np.zeros((1, 2))
+    assert close(nought, nought).item() == 1.0 and close(one, nought).item() == close(nought, one).item() == 0.0
+
+
+def test_an_embedding_in_eight_bits_is_the_same_answer():
+    """A tenth of the norm off, as activations in 8 bits leave it, turns an embedding by six degrees."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(200, 384))
+    noise = rng.normal(size=embeddings.shape)
+    assert close(embeddings, embeddings + 0.1 * noise).mean() == 1.0
+    assert close(embeddings, embeddings + 0.5 * noise).mean() == 0.0
 
 
 def test_records_of_a_split_keep_their_order_and_refuse_nan():

@@ -39,10 +39,24 @@ def same_class(one: Any, other: Any) -> np.ndarray:
     return equal.reshape(len(equal), -1).mean(1)
 
 
+SAME_NUMBER = 0.05  # relative difference up to which two numbers are the same answer,
+SAME_DIRECTION = 0.95  # cosine from which two vectors are,
+SAME_LENGTH = 1 / 3  # if their lengths differ by no more than this share of the first one's
+
+
 def close(one: Any, other: Any) -> np.ndarray:
-    """1 for each input whose two outputs differ by less than 5% of the first one's norm, else 0."""
+    """1 for each input whose two outputs are the same answer, else 0.
+
+    A single number is, within 5 %. A vector (an embedding, a picture, a series) is, if it points the same way (cosine
+    at least 0.95) and is of like length (within a third): rounding moves every entry a little, which adds up in the
+    norm of the difference over hundreds of entries, but hardly turns the vector.
+    """
     a, b = (np.asarray(first(item), dtype=np.float64).reshape(len(first(item)), -1) for item in (one, other))
-    return (np.linalg.norm(a - b, axis=1) <= 0.05 * np.linalg.norm(a, axis=1) + 1e-12).astype(float)
+    long, longer = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    if a.shape[1] == 1:
+        return (np.linalg.norm(a - b, axis=1) <= SAME_NUMBER * long + 1e-12).astype(float)
+    turned = (a * b).sum(1) < SAME_DIRECTION * long * longer
+    return (~turned & (np.abs(longer - long) <= SAME_LENGTH * long + 1e-12)).astype(float)
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,8 @@ class Metric:
 
     `record(output, batch)` gives one row per input (a number, or a few that `reduce` needs together); `reduce(records)`
     the figure. Outputs are numpy arrays in the layout that the torch model returns. `agree(output, other)` gives, per
-    input, how far two outputs agree (0 to 1). Splitting the two lets one pass over the artifact serve the figure, its
-    bootstrap interval and the paired difference.
+    input, how far two outputs agree (0 to 1); by default 1 where they are `close`. Splitting the two lets one pass over
+    the artifact serve the figure, its bootstrap interval and the paired difference.
     """
 
     name: str
