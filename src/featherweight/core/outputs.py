@@ -93,14 +93,17 @@ def difference(want: Any, got: Any) -> str:
         if tensor.shape != found[name].shape:
             return f"{name!r} has the shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
         bound = torch.finfo(tensor.dtype).eps ** 0.5 if tensor.is_floating_point() else 0.0
-        relative = _relative(tensor.detach().double(), found[name].detach().double())
+        relative = relative_difference(tensor, found[name])
         if not relative <= bound:
             return f"{name!r} differs by {relative:.1e} (relative)"
     return ""
 
 
-def _relative(want: Tensor, got: Tensor) -> float:
-    """Root mean square of the difference over that of `want`; equal infinities and NaN at both sides are equal."""
+def relative_difference(want: Tensor, got: Tensor) -> float:
+    """Root mean square of the difference of two tensors of one shape over that of `want`; equal infinities, and NaN at
+    both sides, are equal.
+    """
+    want, got = want.detach().double(), got.detach().double()
     if not want.numel():
         return 0.0
     off = (got - want).masked_fill((got == want) | (got.isnan() & want.isnan()), 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..core.outputs import named_outputs
+from ..core.outputs import named_outputs, relative_difference
 from .groups import Coupling, Cut, Indices, Slot, tensors
 
 TOLERANCE = 1e-4
@@ -168,11 +168,9 @@ def disagreement(
     for name, tensor in want.items():
         if name not in got or got[name].shape != tensor.shape:
             return f"its removal changes the shape of the output {name!r}"
-        one, other = tensor.double(), got[name].double()
-        scale = one.square().mean().sqrt().clamp_min(1e-12)
-        error_ = float((one - other).square().mean().sqrt() / scale)
-        if not error_ <= tolerance:
-            return f"removing it is not the same as silencing it (outputs differ by {error_:.1e})"
+        off = relative_difference(tensor, got[name])
+        if not off <= tolerance:
+            return f"removing it is not the same as silencing it (outputs differ by {off:.1e})"
     return ""
 
 
