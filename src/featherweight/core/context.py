@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .data import to_device
 from .errors import NoEffect, NotFinite
 from .files import tensor_digest
-from .fit import During, Schedule, Term, fit
+from .fit import During, Groups, Schedule, Term, fit
 from .outputs import first
 from .progress import Progress
 from .recipe import Recipe
@@ -93,9 +93,10 @@ class Context:
         term: Term | None = None,
         during: During | None = None,
         text: str = "training",
+        groups: Groups | None = None,
     ) -> float:
         """Train `model` in place; see `featherweight.core.fit.fit`."""
-        return fit(model, self, training, term, during, text)
+        return fit(model, self, training, term, during, text, groups)
 
     def change(self, layer: str, how: str) -> None:
         """Record that the step changed `layer`, and how."""
@@ -116,10 +117,11 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256((str(sorted(kinds.items())) + tensor_digest(dict(model.state_dict()))).encode()).hexdigest()
 
 
-def run_step(item: Step, model: nn.Module, ctx: Context) -> tuple[nn.Module, StepRecord]:
+def run_step(item: Step, model: nn.Module, ctx: Context, finite: bool = True) -> tuple[nn.Module, StepRecord]:
     """Apply one step to `model` (which it may consume); check that it did something and that all is still finite.
 
-    Raises `NoEffect` if the model is as before, `NotFinite` if a weight or an output is not finite any more.
+    Raises `NoEffect` if the model is as before, `NotFinite` if a weight or an output is not finite any more (not with
+    `finite` False: a diagnosis wants to see where that starts).
     """
     ctx.record = StepRecord(step=item.full(), parameters_before=count_parameters(model))
     before, started = fingerprint(model), time.perf_counter()
@@ -133,13 +135,19 @@ def run_step(item: Step, model: nn.Module, ctx: Context) -> tuple[nn.Module, Ste
         raise NoEffect(
             f"{item.kind} changed nothing{': ' + reasons if reasons else ''}; remove it or change its settings"
         )
+    if finite:
+        check_finite(model, ctx, item.kind)
+    return model, ctx.record
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, ctx: Context, kind: str) -> None:
+    """Raise `NotFinite` if a weight of `model`, or an output on the example, is NaN or infinite after a step."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NotFinite(f"after {item.kind} the tensor {name!r} holds NaN or infinite values")
-    with torch.no_grad():
-        if not torch.isfinite(first(model(**ctx.example))).all():
-            raise NotFinite(f"after {item.kind} the model gives NaN or infinite outputs")
-    return model, ctx.record
+            raise NotFinite(f"after {kind} the tensor {name!r} holds NaN or infinite values")
+    if not torch.isfinite(first(model(**ctx.example))).all():
+        raise NotFinite(f"after {kind} the model gives NaN or infinite outputs")
 
 
 def run_recipe(recipe: Recipe, ctx: Context) -> tuple[nn.Module, list[StepRecord]]:

@@ -63,14 +63,14 @@ def rebuild(folder: str | Path) -> Path:
 
 def render(run: Run, folder: str = "artifact") -> str:
     """The page as text; `folder` is where the artifact lies, seen from the page."""
-    script, style = (_asset(name) for name in ("report.js", "report.css"))
+    script, style = (asset(name) for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = _environment().get_template("report.html")
+    template = environment().get_template("report.html")
     return template.render(view(run, folder), script=Markup(script), style=Markup(style), script_digest=digest)
 
 
 @functools.cache
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(default=True),
@@ -96,5 +96,5 @@ def _environment() -> Environment:
     return environment
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8").strip()
