@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .edit import Editor, Grid, array, first, grid, made_by, only_user, operand, setting
+from .edit import Editor, Grid, array, first, grid, made_by, only_user, operand, rank, setting
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -64,7 +64,7 @@ def _dequantize_later(edit: Editor, node: ir.Node, source: ir.Node, found: Grid)
     edit.graph.insert_before(node, moved)
     for old, new in zip(node.outputs, moved.outputs):
         new.shape, new.type = old.shape, first(source).type
-        floats = edit.insert(node, "DequantizeLinear", [new, *source.inputs[1:]])
+        floats = edit.dequantize(node, new, source)
         floats.shape, floats.type = old.shape, old.type
         old.replace_all_uses_with(floats, replace_graph_outputs=True)
     edit.prune(node)
@@ -94,6 +94,44 @@ def _cancel(edit: Editor, node: ir.Node) -> None:
     before, after = grid(source), grid(node)
     if source is not None and before is not None and after is not None and before.same(after):
         edit.replace(node.outputs[0], first(source))
+
+
+# -- means and slices --------------------------------------------------------------------------------------------------
+def pool_means(edit: Editor) -> None:
+    """Turn a mean over height and width of a quantized value into GlobalAveragePool, which has an integer kernel."""
+    for node in list(edit.graph):
+        if node.op_type != "ReduceMean" or not made_by(first(node), "DequantizeLinear") or rank(first(node)) != 4:
+            continue
+        axes = array(operand(node, 1))
+        if axes is None or {int(axis) % 4 for axis in axes} != {2, 3}:
+            continue
+        pooled = edit.insert(node, "GlobalAveragePool", [first(node)])
+        if not setting(node, "keepdims", 1):
+            pooled = edit.insert(node, "Squeeze", [pooled, edit.constant(np.array([2, 3], dtype=np.int64))])
+        edit.take_over(node.outputs[0], pooled)
+
+
+def merge_slices(edit: Editor) -> None:
+    """Turn a slice of a slice along other dimensions into one slice."""
+    for node in list(edit.graph):
+        before = made_by(first(node), "Slice") if node.op_type == "Slice" else None
+        if before is None or only_user(before.outputs[0]) is not node:
+            continue
+        parts = [_slice_of(each) for each in (before, node)]
+        inner, outer = parts
+        if inner is None or outer is None or set(inner[2]) & set(outer[2]) or min(*inner[2], *outer[2]) < 0:
+            continue
+        joined = [edit.constant(np.array([*a, *b], dtype=np.int64)) for a, b in zip(inner, outer)]
+        edit.take_over(node.outputs[0], edit.insert(node, "Slice", [first(before), *joined]))
+
+
+def _slice_of(node: ir.Node) -> list[list[int]] | None:
+    """Starts, ends, axes and steps of a Slice; None if they are computed at run time or the axes are not said."""
+    parts = [array(operand(node, place)) for place in range(1, 5)]
+    if any(part is None for part in parts[:3]) or (parts[3] is None and operand(node, 4) is not None):
+        return None
+    lists = [part.tolist() for part in parts if part is not None]
+    return lists if len(lists) == 4 else [*lists, [1] * len(lists[0])]
 
 
 # -- clipping ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Convolutions and poolings on integers, in the shape for which ONNX Runtime's kernels are fast."""
+"""Convolutions on integers, padded as ONNX Runtime's fast kernels want it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from .edit import (
     only_user,
     operand,
     quantized_activation,
-    rank,
     setting,
     stored_weight,
 )
@@ -28,44 +27,6 @@ CHANNELS = 4  # the packed convolution kernels of x86 take input channels by fou
 LEAST_OUT = 16  # and at least this many output channels
 
 
-def pool_means(edit: Editor) -> None:
-    """Turn a mean over height and width of a quantized value into GlobalAveragePool, which has an integer kernel."""
-    for node in list(edit.graph):
-        if node.op_type != "ReduceMean" or not made_by(first(node), "DequantizeLinear") or rank(first(node)) != 4:
-            continue
-        axes = array(operand(node, 1))
-        if axes is None or {int(axis) % 4 for axis in axes} != {2, 3}:
-            continue
-        pooled = edit.insert(node, "GlobalAveragePool", [first(node)])
-        if not setting(node, "keepdims", 1):
-            pooled = edit.insert(node, "Squeeze", [pooled, edit.constant(np.array([2, 3], dtype=np.int64))])
-        edit.take_over(node.outputs[0], pooled)
-
-
-def merge_slices(edit: Editor) -> None:
-    """Turn a slice of a slice along other dimensions into one slice."""
-    for node in list(edit.graph):
-        before = made_by(first(node), "Slice") if node.op_type == "Slice" else None
-        if before is None or only_user(before.outputs[0]) is not node:
-            continue
-        parts = [_slice_of(each) for each in (before, node)]
-        inner, outer = parts
-        if inner is None or outer is None or set(inner[2]) & set(outer[2]) or min(*inner[2], *outer[2]) < 0:
-            continue
-        joined = [edit.constant(np.array([*a, *b], dtype=np.int64)) for a, b in zip(inner, outer)]
-        edit.take_over(node.outputs[0], edit.insert(node, "Slice", [first(before), *joined]))
-
-
-def _slice_of(node: ir.Node) -> list[list[int]] | None:
-    """Starts, ends, axes and steps of a Slice; None if they are computed at run time or the axes are not said."""
-    parts = [array(operand(node, place)) for place in range(1, 5)]
-    if any(part is None for part in parts[:3]) or (parts[3] is None and operand(node, 4) is not None):
-        return None
-    lists = [part.tolist() for part in parts if part is not None]
-    return lists if len(lists) == 4 else [*lists, [1] * len(lists[0])]
-
-
-# -- padding ----------------------------------------------------------------------------------------------------------
 def absorb_padding(edit: Editor) -> None:
     """Let a quantized convolution pad height and width itself where a Pad in front of it fills in zeros."""
     for node in list(edit.graph):
@@ -82,7 +43,7 @@ def absorb_padding(edit: Editor) -> None:
             continue
         old = setting(node, "pads", [0] * len(spatial))
         edit.set(node, "pads", [int(a) + int(b) for a, b in zip(old, spatial)])
-        edit.take_over(first(node), edit.insert(node, "DequantizeLinear", [first(pad), *found[0].inputs[1:]]))
+        edit.take_over(first(node), edit.dequantize(node, first(pad), found[0]))
 
 
 def _zero_padding(pad: ir.Node, found: Grid) -> list[int] | None:
@@ -120,9 +81,8 @@ def _pad_channels(edit: Editor, node: ir.Node, found: tuple[ir.Node, Grid], weig
     amounts[len(shape) + 1] = -shape[1] % CHANNELS
     given = found[0]
     wider = edit.insert(node, "Pad", [first(given), edit.constant(amounts), edit.constant(found[1].zero)])
-    node.replace_input_with(0, edit.insert(node, "DequantizeLinear", [wider, *given.inputs[1:]]))
+    node.replace_input_with(0, edit.dequantize(node, wider, given))
     filled = edit.insert(node, "Pad", [weight.value, edit.constant(amounts)])
-    axis = {} if weight.grid.axis is None else {"axis": 0}
-    node.replace_input_with(1, edit.insert(node, "DequantizeLinear", [filled, *weight.node.inputs[1:]], **axis))
+    node.replace_input_with(1, edit.dequantize(node, filled, weight.node, weight.per_channel))
     edit.prune(given)
     edit.prune(weight.node)

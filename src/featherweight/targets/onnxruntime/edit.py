@@ -58,6 +58,13 @@ class Editor:
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
+    def dequantize(self, before: ir.Node, integers: ir.Value, like: ir.Node, axis: int | None = None) -> ir.Value:
+        """`integers` as floats in front of `before`, on the grid of the DequantizeLinear `like`; `axis` is the
+        dimension of `integers` along which scale and zero point vary.
+        """
+        along = {} if axis is None else {"axis": axis}
+        return self.insert(before, "DequantizeLinear", [integers, *like.inputs[1:]], **along)
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let every user of `old` read `new`, and remove the nodes that nothing reads any more."""
         old.replace_all_uses_with(new, replace_graph_outputs=True)

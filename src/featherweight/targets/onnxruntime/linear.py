@@ -106,8 +106,8 @@ def look_up(edit: Editor) -> None:
         if table.per_channel == 0:
             made = _rows_with_scales(edit, node, table, rows)
         else:
-            axis = {} if table.per_channel is None else {"axis": indices + table.per_channel - 1}
-            made = edit.insert(node, "DequantizeLinear", [rows, *table.node.inputs[1:]], **axis)
+            axis = None if table.per_channel is None else indices + table.per_channel - 1
+            made = edit.dequantize(node, rows, table.node, axis)
         edit.take_over(node.outputs[0], made)
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from featherweight.core.encoding import Encoding
 
-from .activations import drop_clipping, make_signed, move_behind
+from .activations import drop_clipping, make_signed, merge_slices, move_behind, pool_means
 from .attention import turn_keys
 from .biases import quantize_biases
-from .convolution import absorb_padding, merge_slices, pad_channels, pool_means
+from .convolution import absorb_padding, pad_channels
 from .edit import Editor
 from .linear import look_up, multiply_dynamic, multiply_static, restore_floats
 from .shrink import shrink
