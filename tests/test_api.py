@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from small_tasks import conv_task
 
 import featherweight as fw
-from featherweight.api import parse_time
+from featherweight import api
+from featherweight.api import command_for, parse_time
+from featherweight.core.axis import axis
+from featherweight.core.target import target
 from featherweight.search import judge
 
 HEAVY = ("torch", "onnx", "onnxruntime", "optuna", "numpy", "transformers")
@@ -57,7 +61,7 @@ def test_apply_gives_a_result(applied: fw.Result) -> None:
     assert applied.artifact.bytes() < fw.Artifact(applied.folder / "original").bytes()
     assert {reading.axis for reading in applied.readings} == {"accuracy", "size"}
     assert applied.verdict in repr(applied)
-    assert (applied.folder / "report.html").is_file() and "featherweight apply" in applied.run.command
+    assert (applied.folder / "report.html").is_file() and "featherweight.apply(task, " in applied.run.command
 
 
 def test_the_model_of_a_result_computes_what_the_artifact_does(applied: fw.Result) -> None:
@@ -90,9 +94,45 @@ def test_compress_from_python(tmp_path: Path) -> None:
     budget = fw.Budget(objective="size", max_drop=5.0)
     result = fw.compress(conv_task(), budget=budget, out=tmp_path / "out", trials=1)
     assert result.feasible and len(result.run.candidates) == 1 and (tmp_path / "out" / "report.html").is_file()
-    assert "--objective size" in result.run.command and "--max-drop 5.0" in result.run.command
+    assert result.run.command == (
+        "featherweight.compress(task, 'onnxruntime', budget=featherweight.Budget(objective='size', max_drop=5.0), "
+        f"trials=1, seed=0, out={str(tmp_path / 'out')!r})  # task: the Task named 'convnet'"
+    )
     again = fw.compress(conv_task(), budget=budget, out=tmp_path / "out", trials=1)
     assert again.run == result.run
+
+
+def test_the_command_holds_what_was_used(tmp_path: Path) -> None:
+    named = replace(conv_task(), source="my tasks.py:task")
+    given = {"folder": tmp_path / "out", "seed": 3}
+    bar = fw.Budget(max_drop=0.5, max_latency=2.0)
+    assert command_for(
+        "compress", named, target("torch"), budget=bar, limits={"time": 90.0, "trials": None}, **given
+    ) == (
+        "featherweight compress 'my tasks.py:task' --target torch --objective latency --max-drop 0.5 "
+        f"--max-latency 2.0 --time 90.0 --seed 3 --out {tmp_path / 'out'}"
+    )
+    text = command_for("apply", named, target("torch"), recipe=Path("r.yaml"), axes=["size", axis("accuracy")], **given)
+    assert "apply r.yaml 'my tasks.py:task' --target torch --axes size,accuracy --seed 3" in text
+
+
+def test_what_the_command_line_has_no_words_for_is_recorded_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, runtime = conv_task(), target("onnxruntime", opset=22)
+    axes = ["size", axis("latency", batches=(2,), seconds=0.1)]
+    text = fw.apply(task, "int8", runtime, out=tmp_path / "out", seed=1, axes=axes).run.command
+    called: dict[str, object] = {}
+    monkeypatch.setattr(api, "apply", lambda *given, **named: called.update(named, given=given))
+    monkeypatch.delitem(vars(fw), "apply", raising=False)
+    eval(text, {"featherweight": fw, "task": task})
+    assert called == {
+        "given": (task, str(tmp_path / "out" / "recipe.yaml"), runtime),
+        "axes": axes,
+        "seed": 1,
+        "out": str(tmp_path / "out"),
+    }
+    assert "TASK" not in text and text.endswith("# task: the Task named 'convnet'")
 
 
 @pytest.mark.parametrize(

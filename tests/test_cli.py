@@ -1,6 +1,7 @@
 """The commands: what they print, where, and with which exit code."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from featherweight.core.task import zoo
 from featherweight.terminal import Bars, console, gains_table
 
 TASKS = str(Path(__file__).parent / "tiny_tasks.py")
-COMMANDS = ["demo", "compress", "apply", "measure", "report", "methods", "targets", "axes", "tasks"]
+COMMANDS = ["demo", "compress", "apply", "measure", "diagnose", "report", "methods", "targets", "axes", "tasks"]
 READING = {
     "subject",
     "axis",
@@ -188,6 +189,8 @@ def test_measure_reads_anew_the_axes_it_is_told(done: Path, capfd: pytest.Captur
     assert {r["value"] for r in found["readings"] if r["axis"] == "memory"} == {1.0} != set(truth["memory"])
     assert main(["measure", str(done)]) == 0
     assert "peak resident memory" in capfd.readouterr().out
+    energy = [r for r in json.loads((done / "run.json").read_text())["readings"] if r["axis"] == "energy"]
+    assert energy and 1.0 not in {r["value"] for r in energy}  # by default all axes, here as in apply and in Python
 
 
 def test_measure_refuses_an_unknown_axis(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +198,46 @@ def test_measure_refuses_an_unknown_axis(done: Path, capfd: pytest.CaptureFixtur
         "there is no axis 'beauty'; the axes are: "
         in answer(capfd, "measure", str(done), "--axes", "beauty", code=2)["error"]
     )
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_a_full_disk() -> None:
+    denied = PermissionError(errno.EACCES, "Permission denied", "/data/images.npz")
+    assert cli._user_message(denied) == (
+        "cannot use /data/images.npz: permission denied; check the path, and who may use it"
+    )
+    try:
+        try:
+            raise denied
+        except PermissionError:
+            raise KeyError("a mistake of ours")  # noqa: B904
+    except KeyError as mistake:
+        assert cli._user_message(mistake) is None
+
+
+def test_diagnose_ranks_the_layers_and_writes_a_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page"
+    found = answer(capfd, "diagnose", f"{TASKS}:bars", "--inputs", "64", "--out", str(page))
+    assert found["n"] == 64 and len(found["layers"]) > 1 and found["method"] == {"kind": "quantize.static"}
+    assert json.loads((page / "diagnosis.json").read_text()) | {"line": found["line"]} == found
+    assert "Each layer compressed alone" in (page / "diagnosis.html").read_text()
+    assert main(["diagnose", f"{TASKS}:bars", "--out", str(page)]) == 2
+    assert "is not an empty folder" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--method", "nope"], "there is no method or recipe 'nope'"),
+        (["--method", "finetune"], "finetune does not work layer by layer"),
+        (["--split", "nope"], "there is no split 'nope'"),
+    ],
+)
+def test_diagnose_refuses_in_one_line(
+    given: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", f"{TASKS}:bars", "--out", str(tmp_path / "page"), *given]) == 2
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "page").exists()
 
 
 def test_report_is_built_again(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -276,7 +319,7 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
 
 # -- pure parts -------------------------------------------------------------------------------------------------------
 def test_names() -> None:
-    assert names(" accuracy, size,,latency ") == ["accuracy", "size", "latency"]
+    assert names(" accuracy, size,,latency ") == ["accuracy", "size", "latency"] and names(None) is None
 
 
 def test_the_table_holds_every_figure_and_in_detail_the_intervals(done: Path) -> None:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.axis import Axis
+from .core.diagnosis import Diagnosis
 from .core.errors import FeatherweightError, TaskError
+from .core.files import write_json
 from .core.progress import Progress
 from .core.reading import Reading
 from .core.recipe import Recipe
 from .core.run import Budget, Run
 from .core.target import Artifact, Target
 from .core.target import target as find_target
-from .core.task import Task, find_task
+from .core.task import Split, Task, find_task
 from .model import skeleton
 from .report.build import build as build_report
+from .report.diagnosis import build_page
 from .search import pipeline
+from .search.diagnose import diagnose as examine
+from .search.diagnose import parse_method
 from .search.finish import ARTIFACT, MODEL, REPORT
+from .search.output import fresh
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,15 +120,10 @@ def compress(
     seconds = parse_time(time) if time is not None else None
     if trials is not None and trials < 1:
         raise FeatherweightError(f"trials={trials}: at least one recipe must be tried")
-    options: dict[str, Any] = {"objective": budget.objective, "max-drop": budget.max_drop, "max-size": budget.max_size}
-    options |= {
-        "max-latency": budget.max_latency,
-        "time": None if seconds is None else f"{seconds:g}s",
-        "trials": trials,
-    }
+    limits = {"time": seconds, "trials": trials}
 
     def work(folder: Path) -> Run:
-        command = _command(["compress", task.source or "TASK"], target, folder, seed, options)
+        command = command_for("compress", task, target, folder, seed, budget=budget, limits=limits)
         return pipeline.compress(
             task, target, budget, folder, time=seconds, trials=trials, seed=seed, progress=progress, command=command
         )
@@ -149,7 +150,7 @@ def apply(
     task, target = find_task(_located(task)), _target(target)
 
     def work(folder: Path) -> Run:
-        command = _command(["apply", str(folder / "recipe.yaml"), task.source or "TASK"], target, folder, seed, {})
+        command = command_for("apply", task, target, folder, seed, recipe=folder / "recipe.yaml", axes=axes)
         return pipeline.apply(task, recipe, target, folder, seed=seed, axes=axes, progress=progress, command=command)
 
     return _result(work, task, out)
@@ -172,6 +173,36 @@ def measure(
     result = Result(run, folder, task)
     result.report()
     return result
+
+
+def diagnose(
+    task: Task | str,
+    method: Recipe | str = "quantize.static",
+    out: str | Path | None = None,
+    split: Split = "validate",
+    inputs: int = 512,
+    max_drop: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Rank the layers by what compressing each alone costs, in the task's metric and in signal to noise.
+
+    `method` is the name of a method, a recipe (its last step is diagnosed, after those before it), or a YAML file.
+    `inputs` of `split` are looked at; `max_drop` (the metric's unit) is the bar that the suggested `skip` must meet.
+    `out` names a new or empty folder for `diagnosis.json` and `diagnosis.html`. Raises `FeatherweightError` with one
+    line that says what to do.
+    """
+    recipe = method if isinstance(method, Recipe) else parse_method(method)
+    if inputs < 1:
+        raise FeatherweightError(f"inputs={inputs}: at least one input must be looked at")
+    task = find_task(_located(task))
+    if out is None:
+        return examine(task, recipe, split, inputs, max_drop, seed, progress)
+    with fresh(Path(out)) as folder:
+        found = examine(task, recipe, split, inputs, max_drop, seed, progress)
+        write_json(folder / "diagnosis.json", found.model_dump(mode="json"))
+        build_page(found, folder / "diagnosis.html")
+    return found
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -222,17 +253,56 @@ def _located(task: Task | str) -> Task | str:
     return task
 
 
-def _command(words: list[str], target: Target, folder: Path, seed: int, options: dict[str, Any]) -> str:
-    """The command line that does this run again."""
-    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
-    head = " ".join(shlex.quote(word) for word in words)
-    return " ".join(
-        [
-            "featherweight",
-            head,
-            f"--target {target.name}",
-            *given,
-            f"--seed {seed}",
-            f"--out {shlex.quote(str(folder))}",
-        ]
+def command_for(
+    verb: str,
+    task: Task,
+    target: Target,
+    folder: Path,
+    seed: int,
+    *,
+    recipe: Path | None = None,
+    budget: Budget | None = None,
+    limits: Mapping[str, float | None] | None = None,
+    axes: Sequence[str | Axis] | None = None,
+) -> str:
+    """What does this run again: the command, or the call in Python where the command line has no words for it (a task
+    that is an object without a name to find it by, a target or an axis with settings of its own).
+    """
+    chosen = None if axes is None else [_spelled("axis", item) for item in axes]
+    runtime, bars = _spelled("target", target), {} if budget is None else _given(budget.model_dump())
+    rest = bars | _given(limits or {})
+    if task.source and _plain(runtime) and all(map(_plain, chosen or [])):
+        words = ["featherweight", verb, *([str(recipe)] if recipe else []), task.source, "--target", target.name]
+        words += [word for name, value in rest.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
+        words += [] if axes is None else ["--axes", ",".join(_name(item) for item in axes)]
+        return shlex.join([*words, "--seed", str(seed), "--out", str(folder)])
+    given = [repr(task.source) if task.source else "task", *([repr(str(recipe))] if recipe else []), runtime]
+    given += [f"budget=featherweight.Budget({_keywords(bars)})"] if budget else []
+    given += [_keywords(_given(limits))] if limits and _given(limits) else []
+    given += [] if chosen is None else [f"axes=[{', '.join(chosen)}]"]
+    call = f"featherweight.{verb}({', '.join(given)}, seed={seed}, out={str(folder)!r})"
+    return call if task.source else f"{call}  # task: the Task named {task.name!r}"
+
+
+def _spelled(kind: str, item: str | Target | Axis) -> str:
+    """A target or an axis in Python: its name, or what makes it where it has settings of its own."""
+    settings = {} if isinstance(item, str) else item.model_dump(mode="json", exclude_defaults=True)
+    return (
+        f"featherweight.core.{kind}.{kind}({_name(item)!r}, {_keywords(settings)})" if settings else repr(_name(item))
     )
+
+
+def _plain(spelled: str) -> bool:
+    return not spelled.endswith(")")
+
+
+def _name(item: str | Target | Axis) -> str:
+    return item if isinstance(item, str) else item.name
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _keywords(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

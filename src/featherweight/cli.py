@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,23 +26,13 @@ app = typer.Typer(
 Objective = StrEnum("Objective", ["latency", "size", "energy", "accuracy"])
 DEMO_FOLDER = "featherweight-demo"
 DEMO_SECONDS = 120.0
-DISK = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.EIO,
-}
 # Typer carries its own copy of Click from 0.2x on; the base of "wrong usage" is the same class in both.
 WrongUsage: type[Any] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
-def names(text: str) -> list[str]:
-    """The parts of a list with commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def names(text: str | None) -> list[str] | None:
+    """The parts of a list with commas; None where nothing was said."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 TaskArgument = Annotated[
@@ -52,6 +41,9 @@ TaskArgument = Annotated[
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What compress, apply or demo wrote.")]
 TargetOption = Annotated[str, typer.Option("--target", help="The runtime; see: featherweight targets.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; new, empty, or a run to go on with.")]
+AxesOption = Annotated[
+    str | None, typer.Option("--axes", help="What to measure, with commas between [default: all that there is].")
+]
 Seed = Annotated[int, typer.Option(help="Same seed, same model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
 Debug = Annotated[
@@ -121,7 +113,7 @@ def apply_recipe(
     task: TaskArgument,
     out: Out,
     target: TargetOption = "onnxruntime",
-    axes: Annotated[str | None, typer.Option(help="What to measure, with commas between [default: all axes].")] = None,
+    axes: AxesOption = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -131,7 +123,7 @@ def apply_recipe(
     def work(progress: Progress) -> tuple[Run, Path]:
         from . import api
 
-        chosen = None if axes is None else names(axes)
+        chosen = names(axes)
         return api.apply(task, recipe, target, out=out, seed=seed, axes=chosen, progress=progress).run, out
 
     return _do(work, as_json, debug)
@@ -140,9 +132,7 @@ def apply_recipe(
 @app.command()
 def measure(
     folder: Folder,
-    axes: Annotated[
-        str, typer.Option(help="Which axes, with commas between; see: featherweight axes.")
-    ] = "accuracy,size,latency,memory",
+    axes: AxesOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -154,6 +144,45 @@ def measure(
         return api.measure(folder, names(axes), progress=progress).run, folder
 
     return _do(work, as_json, debug, judge=False)
+
+
+@app.command()
+def diagnose(
+    task: TaskArgument,
+    method: Annotated[
+        str, typer.Option(metavar="METHOD", help="A method, or a recipe whose last step is looked at.")
+    ] = "quantize.static",
+    max_drop: Annotated[float | None, typer.Option(help="What may be lost, in the metric's own unit.")] = None,
+    split: Annotated[
+        str, typer.Option(help="The data that are looked at: validate, test, train or calibrate.")
+    ] = "validate",
+    inputs: Annotated[int, typer.Option(min=1, help="How many inputs are looked at.")] = 512,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write the page; new or empty.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Rank the layers by what compressing each alone costs, and say which to skip."""
+
+    def work(progress: Progress) -> dict[str, Any]:
+        from . import api
+        from .core.errors import FeatherweightError
+        from .core.task import SPLITS
+
+        chosen = next((name for name in SPLITS if name == split), None)
+        if chosen is None:
+            raise FeatherweightError(f"there is no split {split!r}; the splits are: {', '.join(SPLITS)}")
+        found = api.diagnose(task, method, out, chosen, inputs, max_drop, seed, progress)
+        return found.model_dump(mode="json") | {"line": found.line}
+
+    def show(console: Any, answer: dict[str, Any]) -> None:
+        from .terminal import show_diagnosis
+
+        show_diagnosis(console, answer, out)
+
+    return _show(work, show, as_json, debug)
 
 
 @app.command()
@@ -279,24 +308,12 @@ def _tell(message: str) -> None:
     print("featherweight: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
 def _user_message(error: BaseException) -> str | None:
     """One line for an error that the user can act on; None for one that is ours."""
     from .core.errors import FeatherweightError
+    from .core.files import disk_message
 
-    if isinstance(error, FeatherweightError):
-        return str(error)
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in DISK:
-            where = f" {cause.filename}" if cause.filename else ""
-            return f"cannot write{where}: {cause.strerror}; free some space or choose another folder with --out"
-    return None
+    return str(error) if isinstance(error, FeatherweightError) else disk_message(error)
 
 
 def _unexpected(error: BaseException, debug: bool) -> str:

@@ -90,6 +90,15 @@ def test_training_is_planned_once_and_never_longer_than_what_is_left() -> None:
     assert found.epochs() == 0.0
 
 
+def test_another_time_limit_is_shared_out_anew() -> None:
+    found = an_allowance(100.0)
+    planned = found.epochs()
+    found.clock = SimpleNamespace(limit=1000.0, left=940.0)  # type: ignore[assignment]
+    assert found.epochs() == pytest.approx((found.left() / 4 - 4) / 10) and found.epochs() > 5 * planned
+    found.clock = SimpleNamespace(limit=100.0, left=90.0)  # type: ignore[assignment]
+    assert found.epochs() == planned
+
+
 def test_time_is_shared_among_as_many_trials_as_can_train_enough() -> None:
     assert shared_epochs(left=400, overhead=0, per_epoch=10, enough=5) == 10
     assert shared_epochs(left=400, overhead=0, per_epoch=10, enough=15) == 20

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from featherweight.core.errors import OutputError
-from featherweight.core.files import write_text
-from featherweight.search.output import BASELINE, JOB, claim, disk_guard, disk_reason, finished, work_folder
+from featherweight.core.files import disk_message, write_text
+from featherweight.search.output import BASELINE, JOB, claim, disk_guard, finished, work_folder
 
 THIS = {"run": "apply", "seed": 0}
 
@@ -116,4 +116,26 @@ def test_a_full_disk_becomes_one_line_however_deep_it_lies(tmp_path: Path) -> No
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(KeyError), disk_guard(tmp_path):
         raise KeyError("x")
-    assert disk_reason(FileNotFoundError(errno.ENOENT, "No such file")) is None
+    with pytest.raises(PermissionError), disk_guard(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "data.npz"))
+    with pytest.raises(OutputError, match="permission denied; choose a folder"), disk_guard(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out" / "artifact" / "model.onnx"))
+
+
+def test_an_error_while_another_was_handled_is_not_taken_for_it() -> None:
+    def mistaken() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise KeyError("a mistake") from None
+
+    def careless() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise KeyError("a mistake")  # noqa: B904
+
+    for raising in (mistaken, careless):
+        with pytest.raises(KeyError) as caught:
+            raising()
+        assert disk_message(caught.value) is None

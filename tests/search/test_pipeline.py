@@ -1,10 +1,11 @@
 """From a recipe, or from a search, to a folder that holds everything."""
 
+import copy
 import errno
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 import torch
 import yaml
 from tiny_search import Fails, Heal, Narrow, Round, Tiny, registered, task
+from torch import nn
 
+from featherweight.core.context import Context
 from featherweight.core.errors import (
     ArtifactError,
     Infeasible,
@@ -26,10 +29,13 @@ from featherweight.core.progress import Progress
 from featherweight.core.recipe import Recipe
 from featherweight.core.run import Budget, Run
 from featherweight.core.target import Artifact
+from featherweight.measure.latency import Latency
 from featherweight.model import skeleton
 from featherweight.search import allowance, finish
 from featherweight.search.judge import Judge
+from featherweight.search.output import claim
 from featherweight.search.pipeline import apply, compress, measure, read_run
+from featherweight.search.stages import bits, layers
 
 AXES = ["accuracy", "size"]
 RECIPE = Recipe([Narrow(keep=0.4), Heal(epochs=1.0), Round()])
@@ -148,6 +154,90 @@ def test_measure_again(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes[0] == sizes[1]
 
 
+def test_a_finished_run_is_measured_on_the_axes_that_it_lacks(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = applied(out)
+    (out / "report.html").write_text("the figures of before")
+    monkeypatch.setattr(Judge, "__init__", lambda *_: pytest.fail("it was done again"))
+    with registered(Narrow, Heal, Round):
+        more = apply(task(), RECIPE, Tiny(), out, axes=["size", Latency(batches=(2,), seconds=0.1)])
+        again = apply(task(), RECIPE, Tiny(), out, axes=["accuracy", Latency(batches=(3,), seconds=0.1)])
+    assert {reading.axis for reading in more.readings} == {"accuracy", "size", "latency"}
+    assert {reading.conditions["batch"] for reading in more.readings if reading.axis == "latency"} == {2}
+    assert {reading.conditions["batch"] for reading in again.readings if reading.axis == "latency"} == {3}
+    assert [item for item in run.readings if item.axis == "size"] == [
+        item for item in more.readings if item.axis == "size"
+    ]
+    assert read_run(out) == again and not (out / "report.html").exists()
+
+
+def test_measuring_again_holds_the_folder(out: Path) -> None:
+    applied(out)
+    job = json.loads((out / "job.json").read_text())
+    with registered(Narrow, Heal, Round), claim(out, job), pytest.raises(OutputError, match="another run is working"):
+        measure(out, ["size"], task=task())
+
+
+def test_measuring_again_says_no_more_than_was_found(out: Path) -> None:
+    searched(out, Budget(objective="size", max_drop=0.0, max_size=10, max_latency=1e3), trials=3)
+    with registered(Narrow, Heal, Round, Fails):
+        again = measure(out, ["size"], task=task())
+        assert "came nearest" in again.verdict and "not measured: at most 1000 ms (p50, batch 1" in again.verdict
+        again = measure(out, [Latency(batches=(4,), seconds=0.1)], task=task())
+        assert "not measured: at most 1000 ms" in again.verdict and not again.feasible
+        again = measure(out, [Latency(batches=(1,), seconds=0.1)], task=task())
+    assert "not measured" not in again.verdict and "came nearest" in again.verdict
+
+
+def test_outputs_that_are_not_finite_are_no_candidate(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Tiny.load
+
+    def spoiled(self: Tiny, path: Path, threads: int = 1) -> Any:
+        session = load(self, path, threads)
+
+        def run(**inputs: np.ndarray) -> list[np.ndarray]:
+            (found,) = session(**inputs)
+            bad = len(found) > 2 and self.stored(path)["0.weight"] == "int8"
+            return [np.where(np.arange(10) == 9, -np.inf, found) if bad else found]
+
+        return run
+
+    monkeypatch.setattr(Tiny, "load", spoiled)
+    run = searched(out, trials=4)
+    failed = [candidate for candidate in run.candidates if "tiny.round" in str(candidate.recipe)]
+    assert failed and all("gives NaN or infinite outputs" in candidate.reason for candidate in failed)
+
+
+def test_a_weight_that_is_not_stored_has_no_size(out: Path) -> None:
+    class Spare(nn.Sequential):
+        """A network with a layer that no output needs."""
+
+        def __init__(self) -> None:
+            super().__init__(*copy.deepcopy(task().original))
+            self.spare = nn.Linear(8, 8)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self[2](self[1](self[0](input)))
+
+    class Used(Tiny):
+        """Stores what the outputs need."""
+
+        def write(self, plain: nn.Module, stored: Any, example: Any, free: Any, path: Path) -> None:
+            del plain.spare
+            super().write(plain, stored, example, free, path)
+
+    Used.name = "tiny"
+    before = Used().export(Spare(), task().example, out / "before")
+    found = {layer.name: layer for layer in layers(Spare(), Spare(), before, before)}
+    spare, first = found["spare.weight"], found["0.weight"]
+    assert (spare.form, spare.bytes_before, spare.bytes_after) == ("not stored", 0, 0)
+    assert (first.form, first.bytes_before) == ("float32", 64 * 64 * 4)
+
+
+def test_bits_of_a_form() -> None:
+    found = {form: bits(form) for form in ("int8", "uint4", "float32", "float8_e4m3fn", "bool", "sparse", "2:4")}
+    assert list(found.values()) == [8, 4, 32, 8, 8, None, None]
+
+
 def test_measure_needs_a_finished_run_and_its_task(tmp_path: Path, out: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no finished run"):
         measure(tmp_path)
@@ -182,7 +272,7 @@ def _short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_search(out: Path) -> None:
     run = searched(out, Budget(objective="size", max_drop=20.0))
-    assert visible(out) == EVERYTHING | {"study.db"}
+    assert visible(out) == EVERYTHING | {"study.db", "failures"}
     assert run.feasible and [candidate.number for candidate in run.candidates] == [0, 1, 2, 3, 4]
     failed, *_ = run.candidates
     assert failed.state == "failed" and failed.reason == "RuntimeError: this method never works"
@@ -198,16 +288,17 @@ def test_a_finished_search_goes_on_only_for_more(out: Path) -> None:
     first = searched(out, trials=3)
     assert searched(out, trials=3) == first
     more = searched(out, trials=5)
-    assert [item.model_dump(exclude={"front", "chosen"}) for item in more.candidates[:3]] == [
-        item.model_dump(exclude={"front", "chosen"}) for item in first.candidates
+    assert [item.model_dump(exclude={"front", "chosen"}) for item in more.candidates[1:3]] == [
+        item.model_dump(exclude={"front", "chosen"}) for item in first.candidates[1:]
     ]
-    assert len(more.candidates) == 5 and visible(out) == EVERYTHING | {"study.db"}
+    assert [item.number for item in more.candidates] == [0, 1, 2, 3, 4] and more.candidates[0].state == "failed"
+    assert visible(out) == EVERYTHING | {"study.db", "failures"}
 
 
 def test_a_bar_that_nothing_meets(out: Path) -> None:
     run = searched(out, Budget(objective="size", max_drop=0.0, max_size=10), trials=3)
     assert not run.feasible and "came nearest" in run.verdict and "misses the bar" in run.verdict
-    assert visible(out) == EVERYTHING | {"study.db"}
+    assert visible(out) == EVERYTHING | {"study.db", "failures"}
     assert sum(candidate.chosen for candidate in run.candidates) == 1
 
 
@@ -243,6 +334,64 @@ def test_no_training_is_begun_that_cannot_end(out: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(allowance, "seconds_per_epoch", lambda *_: 1e4)
     run = searched(out, trials=6, time=60.0)
     assert run.candidates and not any("tiny.heal" in str(candidate.recipe) for candidate in run.candidates)
+
+
+def test_more_time_is_planned_anew(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allowance, "seconds_per_epoch", lambda *_: 1e4)
+    first = searched(out, trials=5, time=60.0)
+    judged: list[str] = []
+    judge = Judge.judge
+    monkeypatch.setattr(Judge, "judge", lambda self, recipe, energy: judged.append(str(recipe)) or judge(self, recipe))
+    more = searched(out, trials=8, time=1e6)
+    assert not any("tiny.heal" in str(candidate.recipe) for candidate in first.candidates)
+    planned = [recipe for recipe in judged if "tiny.heal" in recipe]
+    assert "tiny.narrow" in planned[0] and all("epochs" in recipe for recipe in planned)
+    with registered(Narrow, Heal, Round):
+        known = {str(Recipe.parse(item.recipe)) for item in first.candidates if item.state == "done"}
+    assert known and not known & set(judged)
+    assert [item.number for item in more.candidates][:5] == [0, 1, 2, 3, 4]
+
+
+class Forgets(Fails):
+    """Run out of memory once, or whatever else `error` is, then store weights as 8-bit integers."""
+
+    kind: ClassVar[str] = "tiny.forgets"
+    error: ClassVar[Exception | None] = None
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        if self.error is not None:
+            raise self.error
+        return Round().apply(model, ctx)
+
+
+def forgetful(out: Path, trials: int, error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(Forgets, "error", error)
+    with registered(Narrow, Forgets):
+        return compress(task(), Tiny(), Budget(objective="size"), out, trials=trials, axes=AXES)
+
+
+@pytest.mark.parametrize("error", [MemoryError("12 GB"), OSError(errno.EMFILE, "Too many open files"), TypeError("+")])
+def test_a_failure_that_may_be_gone_is_told_kept_and_tried_again(
+    out: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = forgetful(out, 2, error, monkeypatch)
+    assert [candidate.state for candidate in first.candidates] == ["failed", "done"]
+    (warning,) = [line for line in first.warnings if "unexpectedly" in line]
+    text = (out / "failures" / "trial-1.txt").read_text()
+    assert f"{out / 'failures' / 'trial-1.txt'}" in warning and type(error).__name__ in warning
+    assert "tiny.forgets" in text and "Traceback (most recent call last)" in text and "in apply" in text
+    again = forgetful(out, 3, None, monkeypatch)
+    assert [candidate.state for candidate in again.candidates] == ["done"] * 3
+    assert [candidate.number for candidate in again.candidates] == [0, 1, 2]
+    assert not any("unexpectedly" in line for line in again.warnings) and not list((out / "failures").iterdir())
+
+
+def test_a_failure_of_the_recipe_itself_is_final(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = forgetful(out, 2, NoEffect("it changed nothing"), monkeypatch)
+    assert first.candidates[0].state == "failed" and first.candidates[0].reason == "it changed nothing"
+    assert not any("unexpectedly" in line for line in first.warnings) and not (out / "failures").exists()
+    again = forgetful(out, 3, None, monkeypatch)
+    assert again.candidates[0].state == "failed"
 
 
 def test_where_latency_counts_the_fastest_are_timed_side_by_side(out: Path) -> None:

@@ -1,5 +1,7 @@
 """What is tried first, and how the strength of a method is bracketed."""
 
+from typing import Any
+
 from tiny_search import Heal, Narrow, Round, registered
 
 from featherweight.core.run import Budget
@@ -12,10 +14,11 @@ from featherweight.search.study import Trial
 BAR = Budget(objective="size", max_drop=0.5)
 
 
-def tried(index: int, label: str, size: int | None, drop: float = 0.0) -> Trial:
+def tried(index: int, label: str, size: int | None, drop: float = 0.0, **rest: Any) -> Trial:
     figures = None if size is None else Figures(accuracy=90, drop=drop, drop_high=drop, bytes=size, latency_ms=1.0)
     state = "failed" if size is None else "done"
-    return Trial(index=index, recipe={"steps": []}, digest=str(index), state=state, figures=figures, plan=label)
+    facts = {"recipe": {"steps": []}, "digest": str(index), "state": state, "figures": figures, "plan": label}
+    return Trial.model_validate({"index": index, **facts, **rest})
 
 
 def space(**rest: float) -> Space:
@@ -51,6 +54,31 @@ def test_the_rules_end() -> None:
     done = [tried(0, "store:tiny.round", 1000), tried(1, "take:tiny.narrow:0.5", None)]
     with registered(Narrow, Heal, Round):
         assert plan(space(), done, BAR) is None
+
+
+def test_another_time_limit_is_planned_anew_but_for_storage_without_training() -> None:
+    healed = {"steps": [{"kind": "tiny.narrow"}, {"kind": "tiny.heal", "epochs": 0.5}]}
+    trials = [
+        tried(0, "store:tiny.round", 1000, limit=60.0),
+        tried(1, "take:tiny.narrow:0.5", 500, limit=60.0, recipe=healed),
+    ]
+    with registered(Narrow, Heal, Round):
+        same, longer = (plan(space(epochs=2.0), trials, BAR, limit) for limit in (60.0, 600.0))
+    assert same is not None and same.label == "take:tiny.narrow:0.25"
+    assert longer is not None and longer.label == "take:tiny.narrow:0.5" and longer.params["tiny.heal.epochs"] == 2.0
+    assert longer.params["encode"] == "tiny.round"
+
+
+def test_what_was_refused_for_lack_of_time_is_planned_again_when_there_is_more() -> None:
+    healed = {"steps": [{"kind": "tiny.narrow"}, {"kind": "tiny.heal", "epochs": 0.5}]}
+    refused = {"state": "refused", "figures": None, "recipe": healed, "limit": 60.0}
+    for label in ("store:tiny.round", "take:tiny.narrow:0.5"):
+        trials = [tried(0, "store:tiny.round", 1000, limit=60.0)] if label.startswith("take") else []
+        trials.append(tried(1, label, None, **refused))
+        with registered(Narrow, Heal, Round):
+            same, longer = (plan(space(epochs=2.0), trials, BAR, limit) for limit in (60.0, 600.0))
+        assert longer is not None and longer.label == label
+        assert same is None or same.label != label
 
 
 def follow(met: object, size: object, guess: bool) -> list[float]:

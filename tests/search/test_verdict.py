@@ -5,7 +5,8 @@ import pytest
 from featherweight.core.metric import Metric, mean_squared_error, top1
 from featherweight.core.reading import Reading
 from featherweight.core.run import Budget
-from featherweight.search.verdict import judgement, misses, ratio_words, slower, verdict
+from featherweight.search.verdict import judge_bar, ratio_words, slower
+from featherweight.search.verdict import verdict as sentence
 
 
 def read(subject: str, axis: str, name: str, value: float, **rest: object) -> Reading:
@@ -34,6 +35,14 @@ def readings(
 
 
 BAR = Budget(max_drop=0.5)
+
+
+def verdict(found: list[Reading], budget: Budget, metric: Metric, runtime: str, nearest: bool = False) -> str:
+    return sentence(found, judge_bar(found, budget, metric), metric, runtime, nearest)
+
+
+def misses(found: list[Reading], budget: Budget, metric: Metric) -> set[str]:
+    return {name for name, limit in judge_bar(found, budget, metric).limits.items() if limit.broken}
 
 
 def test_the_sentence() -> None:
@@ -75,10 +84,33 @@ def test_gains_in_accuracy_and_other_metrics() -> None:
 
 def test_every_limit_is_judged() -> None:
     budget = Budget(max_drop=0.1, max_size=999, max_latency=0.5)
-    assert set(misses(readings(), budget, top1())) == {"drop", "size", "latency"}
-    assert misses(readings(), Budget(max_drop=0.2, max_size=1000, max_latency=1.0), top1()) == {}
-    text = judgement(readings(), Budget(max_drop=0.2, max_size=1000, max_latency=1.0), top1())
-    assert text == "meets the bar of at most 0.2 points lost, at most 1,000 bytes, at most 1 ms"
+    assert misses(readings(), budget, top1()) == {"drop", "size", "latency"}
+    judged = judge_bar(readings(), Budget(max_drop=0.2, max_size=1000, max_latency=1.0), top1())
+    assert judged.met and str(judged) == (
+        "meets the bar of at most 0.2 points lost, at most 1,000 bytes, at most 1 ms (p50, batch 1, 1 thread)"
+    )
+
+
+def test_the_latency_is_judged_under_the_conditions_of_the_bar_alone() -> None:
+    large = [reading for reading in readings() if reading.conditions.get("batch") != 1]
+    many = [
+        reading.model_copy(update={"conditions": {"batch": 1, "threads": 8}}) if reading.conditions else reading
+        for reading in readings()
+    ]
+    for found in (large, many):
+        judged = judge_bar(found, Budget(max_latency=99.0), top1())
+        assert not judged.met and str(judged) == "not measured: at most 99 ms (p50, batch 1, 1 thread)"
+    fixed = judge_bar(large, Budget(max_latency=8.0), top1(), batch=32)
+    assert str(fixed) == "misses the bar (9 ms (p50, batch 32, 1 thread) where at most 8 may be)"
+
+
+def test_a_bar_is_not_met_by_what_was_not_measured() -> None:
+    only_size = [reading for reading in readings() if reading.axis == "size"]
+    judged = judge_bar(only_size, Budget(max_drop=0.2, max_size=1000), top1())
+    assert (
+        not judged.met and str(judged) == "meets the bar of at most 1,000 bytes; not measured: at most 0.2 points lost"
+    )
+    assert judge_bar([], Budget(), top1()).met and str(judge_bar([], Budget(), top1())) == ""
 
 
 def test_the_nearest_is_said_to_be_the_nearest() -> None:

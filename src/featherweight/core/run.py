@@ -16,7 +16,7 @@ class Budget(BaseModel):
     """The user's bar: what may be lost, what must be reached, and what is to be made as good as possible.
 
     `max_drop` is in the metric's own unit, in its bad direction; `max_size` in bytes of the artifact; `max_latency` in
-    milliseconds (p50, batch 1, one thread).
+    milliseconds (p50, batch 1, one thread; for an artifact that takes one batch size only, at that one).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -88,11 +88,12 @@ class Run(BaseModel):
     seed: int
     command: str = ""
     verdict: str
-    feasible: bool
+    feasible: bool  # whether every limit of the bar was measured and is met
     artifact: str
     recipe: dict[str, Any]
     metric: dict[str, Any]  # name, unit, higher_is_better
     readings: list[Reading]
+    axes: list[dict[str, Any]] = []  # what was measured: the name of each axis, and its settings
     steps: list[StepRecord] = []
     stages: list[Stage] = []
     layers: list[Layer] = []

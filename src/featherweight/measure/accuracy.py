@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -13,10 +13,15 @@ from featherweight.core.axis import Axis, Bench
 from featherweight.core.errors import NotFinite, TaskError
 from featherweight.core.machine import cores
 from featherweight.core.metric import Metric, Records
+from featherweight.core.progress import Progress
 from featherweight.core.reading import Reading, Subject
+from featherweight.core.target import Artifact
+from featherweight.core.task import Split, Task
 
 from .inputs import batch_sizes
 from .statistics import share_estimate
+
+Name = TypeVar("Name", bound=str)
 
 _MOST_DRAWN = 50_000_000  # records drawn for one interval: beyond, fewer resamples are taken
 _FEWEST = 200  # resamples below which the ends of a percentile interval would jump about
@@ -36,10 +41,10 @@ class Accuracy(Axis, name="accuracy"):
 
     def read(self, bench: Bench) -> list[Reading]:
         """Raises `NotFinite` if an output or a record is NaN or infinite, `TaskError` if the split has no data."""
-        passed = _one_pass(bench, self.threads or cores())
+        passed = one_pass(bench.task, bench.subjects, bench.split, bench.progress, self.threads or cores())
         metric, found = bench.task.metric, []
         rest: dict[str, Any] = {"split": bench.split, "conditions": {"batch": passed.batch}}
-        records = {subject: np.concatenate(parts) for subject, parts in passed.records.items()}
+        records = passed.records
         for subject, own in records.items():
             low, high = metric.interval(own, self._resamples(own), bench.seed)
             rest |= {"n": len(own)}
@@ -72,50 +77,55 @@ def _reading(
 
 
 @dataclass
-class _Pass:
-    """What one pass over the split leaves behind: records and agreement, never the outputs themselves."""
+class Pass(Generic[Name]):
+    """What one pass over a split leaves behind: records of each artifact by its name, and agreement, never the outputs
+    themselves. `batch` is the largest batch.
+    """
 
-    records: dict[Subject, list[Records]]
-    agreement: list[np.ndarray] = field(default_factory=list)
-    batch: int = 0
-
-
-def _one_pass(bench: Bench, threads: int) -> _Pass:
-    task = bench.task
-    runners = {subject: artifact.open(threads) for subject, artifact in bench.subjects.items()}
-    passed = _Pass({subject: [] for subject in runners})
-    for batch in bench.progress.track(task.batches(bench.split), f"accuracy on {bench.split}"):
-        passed.batch = max(passed.batch, task.count(batch))
-        _check_size(bench, task.count(batch))
-        outputs = {subject: task.call(runner, batch) for subject, runner in runners.items()}
-        for subject, output in outputs.items():
-            _check_finite(bench, subject, output)
-            passed.records[subject].append(np.asarray(task.metric.record(output, batch)))
-        if "compressed" in outputs:
-            passed.agreement.append(
-                np.asarray(task.metric.agree(outputs["original"], outputs["compressed"]), dtype=float)
-            )
-    if not passed.records["original"]:
-        raise TaskError(f"task {task.name}: the split {bench.split!r} is empty")
-    return passed
+    records: dict[Name, Records]
+    agreement: list[np.ndarray]
+    batch: int
 
 
-def _check_size(bench: Bench, size: int) -> None:
-    (takes,) = batch_sizes(bench.original.manifest, (size,))
+def one_pass(
+    task: Task, artifacts: Mapping[Name, Artifact], split: Split, progress: Progress, threads: int
+) -> Pass[Name]:
+    """Run every artifact once over the whole split; agreement is that of "original" and "compressed", where both are.
+
+    Raises `TaskError` if the split has no data or a batch has a size that the artifacts do not take, `NotFinite` if an
+    output or a record is NaN or infinite.
+    """
+    runners = {name: artifact.open(threads) for name, artifact in artifacts.items()}
+    parts: dict[Name, list[Records]] = {name: [] for name in runners}
+    agreement, largest = [], 0
+    for batch in progress.track(task.batches(split), f"accuracy on {split}"):
+        largest = max(largest, task.count(batch))
+        outputs: dict[str, Any] = {}
+        for name, runner in runners.items():
+            _check_size(task, artifacts[name], split, task.count(batch))
+            outputs[name] = task.call(runner, batch)
+            _check_finite(_arrays(outputs[name]), f"the {name} artifact {artifacts[name].folder}", "outputs", split)
+            parts[name].append(np.asarray(task.metric.record(outputs[name], batch)))
+            _check_finite(parts[name][-1:], f"the metric {task.metric.name} of task {task.name}", "records", split)
+        if outputs.keys() >= {"original", "compressed"}:
+            agreement.append(np.asarray(task.metric.agree(outputs["original"], outputs["compressed"]), dtype=float))
+    if not largest:
+        raise TaskError(f"task {task.name}: the split {split!r} is empty")
+    return Pass({name: np.concatenate(own) for name, own in parts.items()}, agreement, largest)
+
+
+def _check_size(task: Task, artifact: Artifact, split: Split, size: int) -> None:
+    (takes,) = batch_sizes(artifact.manifest, (size,))
     if takes != size:
         raise TaskError(
-            f"task {bench.task.name}, split {bench.split!r}: a batch holds {size} inputs, but the artifact takes "
+            f"task {task.name}, split {split!r}: a batch holds {size} inputs, but the artifact takes "
             f"{takes} at a time; let the batch be dynamic, or give batches of {takes}"
         )
 
 
-def _check_finite(bench: Bench, subject: Subject, output: Any) -> None:
-    for array in _arrays(output):
-        if not np.isfinite(array).all():
-            folder = bench.subjects[subject].folder
-            raise NotFinite(
-                f"the {subject} artifact {folder} gives NaN or infinite outputs on the split {bench.split!r}"
-            )
+def _check_finite(arrays: Sequence[np.ndarray], whose: str, what: str, split: Split) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise NotFinite(f"{whose} gives NaN or infinite {what} on the split {split!r}")
 
 
 def _arrays(output: Any) -> Sequence[np.ndarray]:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from ..core import registry
 from ..core.errors import ArtifactError, TaskError
-from ..core.files import tensor_digest, value_digest, whole_folder
+from ..core.files import recover_folder, tensor_digest, value_digest, whole_folder
 from ..core.soft import Link, copied
 from ..core.step import one_line
 from .layers import Settings, describe, known, make, rebuilders
@@ -192,6 +192,7 @@ def load(folder: str | Path, like: Like = None) -> nn.Module:
     another architecture.
     """
     folder = Path(folder)
+    recover_folder(folder)
     page = _read_page(folder / PAGE)
     tensors = _read_tensors(folder / TENSORS, page)
     model = _build(page, "", _fresh(like), {})

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from ..core.data import is_map_style
 from ..core.recipe import Recipe
-from ..core.step import Step
 from .clock import Clock, batches_per_epoch, epochs_of, seconds_per_epoch
 from .judge import Judge
-from .study import Study, Trial
+from .study import Study
 
 SHARES = 4  # trained trials that the time for searching should allow
 FIRST_TRIALS = 4  # are tried even if the time is over, until one of them is done
@@ -63,7 +62,7 @@ class Allowance:
         """Seconds that a trial takes apart from training: the median of those that did not train, else what the
         original took.
         """
-        done = [trial for trial in self.study.finished() if trial.state == "done" and not _trains(trial)]
+        done = [trial for trial in self.study.finished() if trial.state == "done" and not trial.trains]
         measured = [trial.seconds for trial in done if not trial.copied]
         return statistics.median(measured) if measured else self.judge.seconds
 
@@ -75,12 +74,13 @@ class Allowance:
         return LONGEST_STEPS / float(self.study.note("steps_per_epoch", lambda: batches_per_epoch(task)))
 
     def epochs(self) -> float:
-        """Epochs that one trial may train: as planned once, so that several trials fit, and never more than is left
-        now.
+        """Epochs that one trial may train: as planned once for this time limit, so that several trials fit, and never
+        more than is left now.
         """
         left, overhead, per_epoch = self.left(), self.overhead(), self._per_epoch()
         enough = ENOUGH * self.longest()
-        planned = float(self.study.note("epochs", lambda: shared_epochs(left, overhead, per_epoch, enough)))
+        name = f"epochs within {self.clock.limit} s"  # a resumed run with another limit shares its time out anew
+        planned = float(self.study.note(name, lambda: shared_epochs(left, overhead, per_epoch, enough)))
         return min(planned, max(0.0, (left - overhead) / per_epoch))
 
     def refusal(self, recipe: Recipe) -> str:
@@ -120,10 +120,6 @@ def launch_seconds() -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import numpy, featherweight.core.target"], check=True)
     return time.perf_counter() - start
-
-
-def _trains(trial: Trial) -> bool:
-    return any(Step.kinds[item["kind"]].trains or item.get("retrain") for item in trial.recipe["steps"])
 
 
 def _length(data: object, otherwise: int) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time as clock
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..core.errors import FeatherweightError, OutputError
+from ..core.files import disk_message, write_text
 from ..core.run import Budget
 from .allowance import Allowance
 from .choose import excess, meets, value
 from .clock import Clock
 from .judge import Judge
-from .output import disk_reason
+from .output import FAILURES
 from .plan import STORE, plan
 from .space import Space, space_for
 from .study import Running, Study, Trial
@@ -33,30 +36,54 @@ class Search:
         self.allowance = Allowance(self.judge, self.study, self.clock)
 
     def run(self) -> None:
-        """Try recipes until the trials or the time are used up, or nothing new is left to try."""
+        """Try recipes until the trials or the time are used up, or nothing new is left to try.
+
+        First of all what an earlier run in the same folder left: the trial that it was working on when it was killed,
+        and those that failed for a reason that may be gone by now.
+        """
+        doubtful = {trial.index for trial in self.study.finished() if trial.traceback}
+        if (running := self.study.left_over()) is not None:
+            self._try(running)
+            doubtful.discard(running.index)
+        for index in sorted(doubtful):
+            if not self.allowance.over():
+                self._try(self.study.again(index))
         while (running := self._next()) is not None:
-            started = clock.perf_counter()
-            self.judge.job.progress.say(f"trial {running.index + 1}: {running.recipe}")
-            result = self._conduct(running)
-            result = result.model_copy(update={"seconds": clock.perf_counter() - started})
-            self._tell(running, result)
-            self.study.keep("spent", self.clock.used)
-            self.judge.job.progress.say(f"trial {running.index + 1}: {self._outcome(result)}")
+            self._try(running)
+
+    def warnings(self) -> Iterator[str]:
+        """A line for each trial that failed for a reason that may not be its recipe's."""
+        for trial in self.study.finished():
+            if trial.traceback:
+                where = f"the traceback is in {self.judge.job.out / trial.traceback}"
+                yield (
+                    f"trial {trial.index + 1} failed unexpectedly ({trial.reason}); {where}; it is tried again when "
+                    "the search goes on"
+                )
+
+    def _try(self, running: Running) -> None:
+        started = clock.perf_counter()
+        self.judge.job.progress.say(f"trial {running.index + 1}: {running.recipe}")
+        result = self._conduct(running)
+        result = result.model_copy(update={"seconds": clock.perf_counter() - started})
+        self._tell(running, result)
+        if not result.traceback:
+            (self.judge.job.out / _failure(running)).unlink(missing_ok=True)  # of an earlier try
+        self.study.keep("spent", self.clock.used)
+        self.judge.job.progress.say(f"trial {running.index + 1}: {self._outcome(result)}")
 
     def _next(self) -> Running | None:
-        if (running := self.study.left_over()) is not None:
-            return running
         trials = self.study.finished()
         if self._over(trials):
             return None
-        space = self._space()
-        proposal = plan(space, trials, self.budget)
+        space, limit = self._space(), self.clock.limit
+        proposal = plan(space, trials, self.budget, limit)
         if self.allowance.limited and not (proposal and proposal.label.startswith(STORE)):
             space = self._space(self.allowance.epochs() if space.trains else None)
-            proposal = plan(space, trials, self.budget)
+            proposal = plan(space, trials, self.budget, limit)
         if proposal is None:
-            return self.study.ask(space.suggest)
-        return self.study.ask(space.suggest, proposal.params, proposal.label)
+            return self.study.ask(space.suggest, limit=limit)
+        return self.study.ask(space.suggest, proposal.params, proposal.label, limit)
 
     def _space(self, epochs: float | None = None) -> Space:
         job, longest = self.judge.job, self.allowance.longest()
@@ -67,20 +94,31 @@ class Search:
             return True
         known = {trial.digest for trial in trials[:-PATIENCE]}
         recent = trials[-PATIENCE:]
-        if len(trials) > PATIENCE and all(trial.state == "refused" or trial.digest in known for trial in recent):
+        sampled = all(trial.limit == self.clock.limit and not trial.plan for trial in recent)
+        idle = all(trial.state == "refused" or trial.digest in known for trial in recent)
+        if len(trials) > PATIENCE and sampled and idle:
             self.judge.job.progress.say("nothing new is left to try")
             return True
         return self.allowance.over()
 
     # -- one trial -----------------------------------------------------------------------------------------------
     def _conduct(self, running: Running) -> Trial:
-        """Refuse, reuse, or build, export and measure; what goes wrong with one recipe is kept with its reason."""
+        """Refuse, reuse, or build, export and measure; what goes wrong with one recipe is kept with its reason.
+
+        Only a `FeatherweightError` says something about the recipe. Anything else (memory that ran out, a file that was
+        gone, a mistake in a method) is kept with its traceback, and not taken for the recipe's result.
+        """
         recipe = running.recipe
         result = Trial(
-            index=running.index, recipe=recipe.dump(), digest=recipe.digest(), state="failed", plan=running.plan
+            index=running.index,
+            recipe=recipe.dump(),
+            digest=recipe.digest(),
+            state="failed",
+            plan=running.plan,
+            limit=running.limit,
         )
         for earlier in self.study.finished():
-            if earlier.digest == result.digest and earlier.state != "refused":
+            if earlier.digest == result.digest and earlier.state != "refused" and not earlier.traceback:
                 found = {"state": earlier.state, "reason": earlier.reason, "figures": earlier.figures}
                 return result.model_copy(update={**found, "copied": True})
         if reason := self._refusal(running):
@@ -89,13 +127,20 @@ class Search:
             figures = self.judge.judge(recipe, energy=self.budget.objective == "energy")
         except OutputError:
             raise
+        except FeatherweightError as error:
+            return result.model_copy(update={"reason": _one_line(error)})
         except Exception as error:
-            if (full := disk_reason(error)) is not None:
-                raise OutputError(
-                    f"cannot write {self.judge.job.out}: {full}; free some space and start again"
-                ) from error
-            return result.model_copy(update={"reason": _reason(error)})
+            if (message := disk_message(error, self.judge.job.out)) is not None:
+                raise OutputError(message) from error
+            kept = {"reason": f"{type(error).__name__}: {_one_line(error)}", "traceback": self._keep(running, error)}
+            return result.model_copy(update=kept)
         return result.model_copy(update={"state": "done", "figures": figures})
+
+    def _keep(self, running: Running, error: Exception) -> str:
+        """Write the traceback of `error` beside the study; where it lies in the output folder."""
+        text = f"{running.recipe}\n\n{''.join(traceback.format_exception(error))}"
+        write_text(self.judge.job.out / _failure(running), text)
+        return _failure(running)
 
     def _refusal(self, running: Running) -> str:
         """Why this recipe is not even tried; empty if it is."""
@@ -121,6 +166,9 @@ class Search:
         return f"{found}, {figures.latency_ms:.3g} ms; {met} the bar"
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:500]
-    return text if isinstance(error, FeatherweightError) else f"{type(error).__name__}: {text}"
+def _failure(running: Running) -> str:
+    return f"{FAILURES}/trial-{running.index + 1}.txt"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,22 +12,23 @@ from typing import Any
 import yaml
 
 from ..core.axis import Axis, Bench
-from ..core.files import write_json, write_text
+from ..core.files import replace_folder, write_json, write_text
 from ..core.metric import Metric
 from ..core.progress import Progress
 from ..core.recipe import Recipe
 from ..core.run import Budget, Candidate, Run
 from ..core.target import Artifact
 from ..core.task import Split, Task
+from ..measure.inputs import batch_sizes
 from ..measure.read import read
 from ..model import skeleton
 from .judge import ORIGINAL, Judge
 from .output import RUN, work_folder
 from .stages import layers, stages
-from .verdict import misses, slower, verdict
+from .verdict import judge_bar, slower, verdict
 
 ARTIFACT, MODEL, REPORT = "artifact", "model", "report.html"
-Axes = Sequence[str | Axis]
+Axes = Sequence[Axis]
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Ending:
     candidates: list[Candidate] = field(default_factory=list)
     command: str = ""
     nearest: bool = False
+    warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -56,7 +57,7 @@ def finish(recipe: Recipe, end: Ending) -> Run:
     split = report_split(job.task)
     bench = Bench(job.task, judge.original, artifact, split=split, seed=job.seed, progress=job.progress)
     readings = read(bench, end.axes)
-    missed = misses(readings, end.budget, job.task.metric)
+    judged = judge_bar(readings, end.budget, job.task.metric, bar_batch(artifact))
     run = Run(
         task=job.task.source,
         task_name=job.task.name,
@@ -64,18 +65,20 @@ def finish(recipe: Recipe, end: Ending) -> Run:
         budget=end.budget,
         seed=job.seed,
         command=end.command,
-        verdict=verdict(readings, end.budget, job.task.metric, job.target.name, end.nearest and bool(missed)),
-        feasible=not missed,
+        verdict=verdict(readings, judged, job.task.metric, job.target.name, end.nearest),
+        feasible=judged.met,
         artifact=str(job.out / ARTIFACT),
         recipe=recipe.dump(),
         metric=describe(job.task.metric),
         readings=readings,
+        axes=[dumped(item) for item in end.axes],
         steps=records,
         stages=steps,
         layers=layers(job.task.original, model, judge.original, artifact),
         candidates=end.candidates,
         warnings=[
             *filter(None, [slower(readings)]),
+            *end.warnings,
             *idle,
             *(warning for record in records for warning in record.warnings),
             *_split_warnings(job.task, split),
@@ -86,7 +89,7 @@ def finish(recipe: Recipe, end: Ending) -> Run:
         versions=artifact.manifest.versions,
     )
     _forget(job.out)
-    _move(artifact.folder, job.out / ARTIFACT)
+    replace_folder(artifact.folder, job.out / ARTIFACT)
     skeleton.save(model, job.out / MODEL)
     write_text(job.out / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
     write_run(run, job.out)
@@ -104,6 +107,16 @@ def report_split(task: Task) -> Split:
     return "test" if task.has("test") else "validate"
 
 
+def bar_batch(artifact: Artifact) -> int:
+    """The batch size that a latency is judged at: 1, or the only one that the artifact takes."""
+    return batch_sizes(artifact.manifest, (1,))[0]
+
+
+def dumped(item: Axis) -> dict[str, Any]:
+    """An axis as data: its name and its settings."""
+    return {"name": item.name, **item.model_dump(mode="json")}
+
+
 def describe(metric: Metric) -> dict[str, Any]:
     """A metric as data: name, unit, direction."""
     return {"name": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
@@ -116,16 +129,18 @@ def reread(run: Run, task: Task, out: Path, axes: Axes, progress: Progress) -> R
         task, Artifact(out / ORIGINAL), Artifact(out / ARTIFACT), split=split, seed=run.seed, progress=progress
     )
     fresh = read(bench, axes)
-    named = {item if isinstance(item, str) else item.name for item in axes}
+    named = {item.name for item in axes}
     readings = [reading for reading in run.readings if reading.axis not in named] + fresh
-    missed = misses(readings, run.budget, task.metric)
+    judged = judge_bar(readings, run.budget, task.metric, bar_batch(Artifact(out / ARTIFACT)))
+    nearest = any(candidate.chosen and not candidate.feasible for candidate in run.candidates)
     was_slower = slower(run.readings)
     warnings = [*filter(None, [slower(readings)]), *(text for text in run.warnings if text != was_slower)]
     return run.model_copy(
         update={
             "readings": readings,
-            "verdict": verdict(readings, run.budget, task.metric, bench.original.manifest.target["name"]),
-            "feasible": not missed,
+            "axes": [item for item in run.axes if item["name"] not in named] + [dumped(item) for item in axes],
+            "verdict": verdict(readings, judged, task.metric, bench.original.manifest.target["name"], nearest),
+            "feasible": judged.met,
             "warnings": warnings,
             "artifact": str(out / ARTIFACT),
         }
@@ -143,13 +158,3 @@ def _forget(out: Path) -> None:
     """Take away what says that the folder is complete, before its parts are exchanged."""
     for name in (RUN, "readings.json", REPORT):
         (out / name).unlink(missing_ok=True)
-
-
-def _move(source: Path, destination: Path) -> None:
-    """Put a whole folder in the place of another one."""
-    old = destination.with_name(f".{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.replace(old)
-    source.replace(destination)
-    shutil.rmtree(old, ignore_errors=True)

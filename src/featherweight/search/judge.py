@@ -17,7 +17,6 @@ from torch import nn
 from ..core.axis import Bench, axis
 from ..core.context import Context
 from ..core.errors import ArtifactError, TaskError
-from ..core.evaluate import records
 from ..core.files import whole_file
 from ..core.machine import cores
 from ..core.metric import Records
@@ -26,6 +25,7 @@ from ..core.recipe import Recipe
 from ..core.record import StepRecord
 from ..core.target import Artifact, Target
 from ..core.task import Split, Task
+from ..measure.accuracy import one_pass
 from ..measure.inputs import free_inputs, sized
 from ..measure.statistics import Estimate, speedup
 from ..measure.timing import Call, repeat
@@ -140,7 +140,8 @@ class Judge:
 
     def validate(self, artifact: Artifact) -> Records:
         """The metric's records of `artifact` on the split where choices are made."""
-        return artifact_records(self.task, artifact, self.job.split, self.job.progress)
+        name = ORIGINAL if artifact is self.original else "exported"
+        return one_pass(self.task, {name: artifact}, self.job.split, self.job.progress, cores()).records[name]
 
     def _original(self) -> Artifact:
         folder = self.job.out / ORIGINAL
@@ -175,12 +176,6 @@ class Judge:
             if reading.subject == "compressed" and reading.unit == "mJ":
                 return reading.value
         raise TaskError("the axis energy gave no figure in mJ; choose another objective")
-
-
-def artifact_records(task: Task, artifact: Artifact, split: Split, progress: Progress) -> Records:
-    """The metric's records of an artifact over a split, on all cores."""
-    runner = artifact.open(threads=cores())
-    return records(task, lambda batch: task.call(runner, batch), split, progress)
 
 
 def one_input(artifact: Artifact) -> Call:

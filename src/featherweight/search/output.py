@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OutputError
-from ..core.files import write_json
+from ..core.files import OLD, PART, disk_message, recover_folders, write_json
 
 JOB, RUN, STUDY = "job.json", "run.json", "study.db"
+FAILURES = "failures"  # tracebacks of trials that failed for a reason that may not be their recipe's
 WORK, LOCK = ".work", ".lock"
 MADE = ("original", "artifact", "model", "recipe.yaml", "readings.json")
 BASELINE = ".baseline.npz"  # what was measured of the original; the next run of the same job compares with the same
-FULL = (  # how libraries say that the disk is full; the last two, ONNX Runtime and torch, do not say why
-    "no space left on device",
-    "database or disk is full",
-    "failed to write external initializers",
-    "failed writing file",
-)
 
 
 @contextlib.contextmanager
@@ -51,6 +45,33 @@ def claim(out: Path, job: dict[str, Any]) -> Iterator[Path]:
             shutil.rmtree(out / WORK, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def fresh(out: Path) -> Iterator[Path]:
+    """A new or empty folder, made now so that a path that cannot be written fails before the work; if the block fails,
+    what was made here is removed again. Raises `OutputError` as `claim` does.
+    """
+    existed = out.is_dir()
+    with disk_guard(out):
+        if out.exists() and (not existed or any(out.iterdir())):
+            raise OutputError(f"{out} is not an empty folder; choose another one")
+        _make(out)
+        try:
+            yield out
+        except BaseException:
+            for file in out.iterdir():
+                file.unlink()
+            if not existed:
+                out.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Hold the folder of a finished run against other processes; raises `OutputError` as `claim` does."""
+    with disk_guard(out), _lock(out):
+        yield
+
+
 def work_folder(out: Path, name: str) -> Path:
     """A path below `out` for what is only needed during the run."""
     folder = out / WORK
@@ -71,23 +92,9 @@ def disk_guard(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except Exception as error:
-        if (reason := disk_reason(error)) is not None:
-            raise OutputError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
+        if (message := disk_message(error, path)) is not None:
+            raise OutputError(message) from error
         raise
-
-
-def disk_reason(error: BaseException) -> str | None:
-    """Why the disk refused, if `error` or what caused it says that it did: libraries wrap such errors in types of
-    their own.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return str(seen.strerror).lower()
-        if any(words in str(seen).lower() for words in FULL):
-            return "no space left on device"
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def _check_free(out: Path, job: dict[str, Any]) -> None:
@@ -144,7 +151,8 @@ def _lock(out: Path) -> Iterator[None]:
 def _clear(out: Path) -> None:
     """Remove what a killed run left half written: candidates in work, and temporary names."""
     shutil.rmtree(out / WORK, ignore_errors=True)
-    stale = [path for path in out.iterdir() if path.name.startswith(".") and path.suffix in (".part", ".old")]
+    recover_folders(out)
+    stale = [path for path in out.iterdir() if path.name.startswith(".") and path.suffix in (PART, OLD)]
     for path in stale:
         if path.is_dir():
             shutil.rmtree(path)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time as clock
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from ..core import registry
-from ..core.axis import Axis, axis
+from ..core.axis import Axis
 from ..core.errors import ArtifactError, TaskError
 from ..core.progress import Progress
 from ..core.recipe import Recipe
@@ -18,12 +18,12 @@ from ..core.run import Budget, Run
 from ..core.step import one_line
 from ..core.target import Target
 from ..core.task import Task, find_task
-from ..measure.read import DEFAULT
+from ..measure.read import select
 from .clock import Clock
 from .compress import Search
-from .finish import Axes, Ending, finish, reread, write_run
+from .finish import REPORT, Axes, Ending, dumped, finish, reread, write_run
 from .judge import Job, Judge
-from .output import RUN, STUDY, claim, disk_guard, finished
+from .output import RUN, STUDY, claim, finished, hold
 from .settle import settle
 from .store import Store
 from .study import Study
@@ -37,27 +37,28 @@ def apply(
     target: Target,
     out: Path,
     seed: int = 0,
-    axes: Axes | None = None,
+    axes: Sequence[str | Axis] | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Run:
     """Apply one recipe to the task's model, export, measure, and write `out` whole.
 
-    An `out` where this very job was finished before is read, one where it was stopped is gone on with. Raises
-    `RecipeError` or `NotCarried` before any work if the recipe cannot run, `OutputError` about the folder, and what a
-    step or the export raises.
+    An `out` where this very job was finished before is read, and of `axes` (None: all that there are) only those are
+    measured that were not, or not so; an `out` where it was stopped is gone on with. Raises `RecipeError` or
+    `NotCarried` before any work if the recipe cannot run, `OutputError` about the folder, and what a step or the export
+    raises.
     """
     recipe.check(target)
-    axes = _axes(axes)
+    chosen = select(axes)
     task.check()
     progress = progress or Progress()
     with claim(out, _identity("apply", task, target, seed, recipe=recipe.digest())):
         if finished(out):
             progress.say(f"{out} holds this run, finished; nothing is done again")
-            return read_run(out)
+            return _completed(read_run(out), task, out, chosen, progress)
         started = clock.perf_counter()
         judge = _judge(task, target, out, seed, progress)
-        return finish(recipe, Ending(judge, axes=axes, command=command, started=started))
+        return finish(recipe, Ending(judge, axes=chosen, command=command, started=started))
 
 
 def compress(
@@ -69,7 +70,7 @@ def compress(
     time: float | None = None,
     trials: int | None = None,
     seed: int = 0,
-    axes: Axes | None = None,
+    axes: Sequence[str | Axis] | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Run:
@@ -84,7 +85,7 @@ def compress(
         raise TaskError(
             f"task {task.name} has no 'validate' data, on which the search must choose; give some that are not in test"
         )
-    axes, progress = _axes(axes), progress or Progress()
+    chosen, progress = select(axes), progress or Progress()
     limit = DEFAULT_TIME if time is None and trials is None else time
     started = clock.perf_counter()
     task.check()
@@ -92,33 +93,54 @@ def compress(
         study = Study(out / STUDY, seed)
         if finished(out) and not _more(study, limit, trials):
             progress.say(f"{out} holds this run, finished; give more time or trials to go on")
-            return read_run(out)
+            return _completed(read_run(out), task, out, chosen, progress)
         watch = Clock(limit, spent=float(study.kept("spent", 0.0)), started=started)
         judge = _judge(task, target, out, seed, progress)
         search = Search(judge, study, budget, watch, trials)
         search.run()
         settled = settle(search)
-        end = Ending(judge, budget, axes, settled.candidates, command, settled.nearest, started=started - watch.spent)
+        end = Ending(judge, budget, chosen, settled.candidates, command, settled.nearest, list(search.warnings()))
+        end.started = started - watch.spent
         run = finish(settled.recipe, end)
         study.keep("limits", [limit, trials])
         return run
 
 
-def measure(out: Path, axes: Axes | None = None, progress: Progress | None = None, task: Task | None = None) -> Run:
+def measure(
+    out: Path,
+    axes: Sequence[str | Axis] | None = None,
+    progress: Progress | None = None,
+    task: Task | None = None,
+) -> Run:
     """Read `axes` of the artifacts in `out` again, on this machine, and write the readings, the verdict and run.json
     anew.
 
     The task is found by the name under which the run was made, or given. Raises `ArtifactError` if `out` holds no
-    finished run or a damaged one, `TaskError` if the task cannot be found.
+    finished run or a damaged one, `TaskError` if the task cannot be found, `OutputError` if another process works in
+    `out`.
     """
-    run = read_run(out)
+    run, chosen = read_run(out), select(axes)
     if task is None:
         if not run.task:
             raise TaskError(f"the run in {out} was made from a Task object without a name to find it by; give task=")
         task = find_task(run.task)
-    again = reread(run, task, out, _axes(axes), progress or Progress())
-    with disk_guard(out):
-        write_run(again, out)
+    with hold(out):
+        return _measured(read_run(out), task, out, chosen, progress or Progress())
+
+
+def _completed(run: Run, task: Task, out: Path, axes: Axes, progress: Progress) -> Run:
+    """`run` with those of `axes` measured that it lacks, or holds with other settings."""
+    lacking = [item for item in axes if dumped(item) not in run.axes]
+    if not lacking:
+        return run
+    progress.say(f"only this is measured: {', '.join(item.name for item in lacking)}")
+    return _measured(run, task, out, lacking, progress)
+
+
+def _measured(run: Run, task: Task, out: Path, axes: Axes, progress: Progress) -> Run:
+    again = reread(run, task, out, axes, progress)
+    (out / REPORT).unlink(missing_ok=True)  # it shows the figures of before
+    write_run(again, out)
     return again
 
 
@@ -151,14 +173,6 @@ def _identity(kind: str, task: Task, target: Target, seed: int, **rest: Any) -> 
         "featherweight": version("featherweight"),
         **rest,
     }
-
-
-def _axes(axes: Axes | None) -> list[Axis]:
-    """The axes by name or as they are, checked before any work starts; by default all that there are."""
-    if axes is None:
-        registry.load("axes")
-        axes = [*DEFAULT, *sorted(set(Axis.kinds) - set(DEFAULT))]
-    return [axis(item) if isinstance(item, str) else item for item in axes]
 
 
 def _more(study: Study, limit: float | None, trials: int | None) -> bool:

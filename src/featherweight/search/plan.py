@@ -38,21 +38,24 @@ class Try:
     met: bool
 
 
-def plan(space: Space, trials: Sequence[Trial], budget: Budget) -> Plan | None:
+def plan(space: Space, trials: Sequence[Trial], budget: Budget, limit: float | None = None) -> Plan | None:
     """The next trial by rule; None when the rules have nothing left to propose and the sampler takes over.
 
-    Depends on the space, the bar and the finished trials alone. Post-training recipes come first. Then each method
+    Depends on the space, the bar, the time limit and the finished trials alone. What was planned within another
+    `limit` (a resumed run is given more time, say) is planned again, but for storage without training: whether there
+    was time to train, and for how long, followed from that limit. Post-training recipes come first. Then each method
     that takes something away is tried together with the best of those, and with healing where there is any; the
     methods take turns, and each one's strength is bracketed between what meets the bar and what does not.
     """
-    seen = {trial.plan for trial in trials}
+    current = [trial for trial in trials if trial.limit == limit]
+    seen = {trial.plan for trial in trials if trial.limit == limit or not trial.trains}
     for kind in space.kinds.get(Place.ENCODE, ()):
         if STORE + kind.kind not in seen:
             return Plan(STORE + kind.kind, space.params({Place.ENCODE: kind}))
     taking = [kind for place in (Place.RESHAPE, Place.SPARSIFY) for kind in space.kinds.get(place, ())]
-    counts = {kind: len(_tries(kind, trials, budget)) for kind in taking}
+    counts = {kind: len(_tries(kind, current, budget)) for kind in taking}
     for kind in sorted(taking, key=lambda kind: (counts[kind], kind.kind)):
-        tries = _tries(kind, trials, budget)
+        tries = _tries(kind, current, budget)
         share = next_share(tries, kind.place is Place.SPARSIFY) if strength(kind) or not tries else None
         if share is not None:
             return Plan(f"{TAKE}{kind.kind}:{share}", _taking(space, kind, share, _best_store(space, trials, budget)))

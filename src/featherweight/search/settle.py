@@ -12,7 +12,7 @@ from ..measure.statistics import speedup
 from .choose import Figures, choose, contenders, front, meets
 from .compress import Search
 from .judge import ORIGINAL, Judge, half_width
-from .output import work_folder
+from .output import FAILURES, work_folder
 from .study import Trial
 
 
@@ -35,6 +35,8 @@ def settle(search: Search) -> Settled:
     if not tried:
         reasons = "; ".join(f"{trial.recipe['steps'][-1]['kind']}: {trial.reason}" for trial in trials[:2])
         said = f"none of {len(trials)} recipes could be run ({reasons or 'none was proposed'})"
+        kept = search.judge.job.out / FAILURES
+        said += f"; the tracebacks are in {kept}" if any(trial.traceback for trial in trials) else ""
         raise Infeasible(f"{said}; no artifact was made")
     if search.budget.objective == "latency" and search.allowance.fits_heat():
         tried |= heat(search.judge, tried, {trial.index: trial for trial in trials}, search.budget)

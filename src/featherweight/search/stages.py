@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,20 +110,17 @@ def layers(original: nn.Module, model: nn.Module, before: Artifact, after: Artif
     """
     old = _shapes(original)
     new = _shapes(fold(model))
-    found = []
-    for name in [*old, *(name for name in new if name not in old)]:
-        form = _form(after, name) if name in new else ""
-        found.append(
-            Layer(
-                name=name,
-                shape_before=old.get(name),
-                shape_after=new.get(name),
-                bytes_before=_bytes(old.get(name), _form(before, name)),
-                bytes_after=_bytes(new.get(name), form),
-                form=form if name not in after.manifest.dense else f"{form}, zeros stored",
-            )
+    return [
+        Layer(
+            name=name,
+            shape_before=old.get(name),
+            shape_after=new.get(name),
+            bytes_before=_bytes(before, name, old.get(name)),
+            bytes_after=_bytes(after, name, new.get(name)),
+            form=_form(after, name) if name in new else "",
         )
-    return found
+        for name in [*old, *(name for name in new if name not in old)]
+    ]
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -130,14 +128,24 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _form(artifact: Artifact, name: str) -> str:
-    return artifact.manifest.stored.get(name, "float32")
+    """What the artifact says of how it stores a weight; a weight that no output needs is not stored at all."""
+    form = artifact.manifest.stored.get(name)
+    if form is None:
+        return "not stored"
+    known = form if bits(form) is not None else f"{form}, bytes not known"
+    return f"{known}, zeros stored" if name in artifact.manifest.dense else known
 
 
-def _bytes(shape: list[int] | None, form: str) -> int:
-    return 0 if shape is None else math.ceil(math.prod(shape) * bits(form) / 8)
+def _bytes(artifact: Artifact, name: str, shape: list[int] | None) -> int:
+    """Bytes of a weight of this shape in the form that the artifact stores it in; 0 where it stores none."""
+    width = bits(artifact.manifest.stored.get(name, ""))
+    return 0 if shape is None or width is None else math.ceil(math.prod(shape) * width / 8)
 
 
-def bits(form: str) -> int:
-    """Bits per value of a stored form, by the number in its name (int8, uint4, float32); 32 where it has none."""
-    digits = "".join(letter for letter in form if letter.isdigit())
-    return int(digits) if digits else 32
+def bits(form: str) -> int | None:
+    """Bits per value of a stored form, by the number behind its first word: int8, uint4, float8_e4m3fn; bool: 8.
+
+    None where the name says none: "2:4", "sparse".
+    """
+    found = re.match(r"[a-z]+(\d+)", form)
+    return int(found[1]) if found else 8 if form == "bool" else None

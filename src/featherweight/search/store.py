@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.context import Context, run_step
 from ..core.errors import ArtifactError, OutputError
-from ..core.files import file_digest, folder_size, value_digest, whole_folder, write_json
+from ..core.files import file_digest, folder_size, recover_folder, value_digest, whole_folder, write_json
 from ..core.progress import Progress
 from ..core.recipe import Recipe
 from ..core.record import StepRecord
@@ -52,6 +52,7 @@ class Store:
     def get(self, key: str, ctx: Context) -> tuple[nn.Module, list[StepRecord]] | None:
         """The model stored under `key` and the records of its steps; None if there is none that is whole."""
         folder = self.folder / key
+        recover_folder(folder)
         if not (folder / ENTRY).is_file():
             return None
         try:
@@ -80,7 +81,7 @@ class Store:
                 )
                 write_json(temporary / ENTRY, entry.model_dump(mode="json"))
             self._make_room()
-        except OutputError as error:
+        except (OSError, OutputError) as error:
             self.writable = False
             self.progress.say(
                 f"models between steps are not kept ({error}); the run goes on, but a repeat computes them again"

@@ -15,10 +15,10 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..core.errors import OutputError
-from ..core.files import whole_file
+from ..core.files import disk_message, whole_file
 from ..core.recipe import Recipe
 from .choose import Figures
-from .output import disk_reason
+from .clock import epochs_of
 from .space import Params
 
 NAME = "featherweight"
@@ -27,8 +27,11 @@ ASKED, RESULT = "asked", "result"
 
 
 class Trial(BaseModel):
-    """One recipe that was tried: its place in the search, the recipe, how it ended, and what was measured; `copied`:
-    of an earlier trial of the same recipe.
+    """One recipe that was tried: its place in the search, the recipe, how it ended, and what was measured.
+
+    `copied`: of an earlier trial of the same recipe. `limit` is the time (seconds) that the whole run had when the
+    recipe was proposed. `traceback` names the file in the output folder that holds it, where the trial failed for a
+    reason that may not be the recipe's: such a trial is tried again.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,11 +44,18 @@ class Trial(BaseModel):
     seconds: float = 0.0
     copied: bool = False
     plan: str = ""
+    limit: float | None = None
+    traceback: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step of the recipe trains."""
+        return any(epochs_of(item) for item in Recipe(self.recipe["steps"]).steps)
 
 
 class Running(BaseModel):
-    """A trial that is being worked on: its number in the database, its place in the search, its recipe, and who
-    proposed it.
+    """A trial that is being worked on: its number in the database, its place in the search, its recipe, who proposed
+    it, and how much time the run had then.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
@@ -53,6 +63,7 @@ class Running(BaseModel):
     index: int
     recipe: Recipe
     plan: str = ""
+    limit: float | None = None
 
 
 class Study:
@@ -71,13 +82,13 @@ class Study:
         self.study, self.seed = _open(path), seed
 
     def finished(self) -> list[Trial]:
-        """Every trial that ended, in the order of the search."""
-        found = [
-            Trial.model_validate(trial.user_attrs[RESULT])
-            for trial in self._trials()
-            if trial.state.is_finished() and RESULT in trial.user_attrs
-        ]
-        return sorted(found, key=lambda trial: trial.index)
+        """Every trial that ended, in the order of the search; of one that was tried again, the last try."""
+        found: dict[int, Trial] = {}
+        for trial in self._trials():
+            if trial.state.is_finished() and RESULT in trial.user_attrs:
+                result = Trial.model_validate(trial.user_attrs[RESULT])
+                found[result.index] = result
+        return [found[index] for index in sorted(found)]
 
     def note(self, name: str, make: Callable[[], Any]) -> Any:
         """The value kept under `name`; the first time it is made and kept."""
@@ -99,13 +110,18 @@ class Study:
         for trial in self._trials(TrialState.RUNNING):
             if ASKED in trial.user_attrs and found is None:
                 asked = trial.user_attrs[ASKED]
-                recipe = Recipe(asked["recipe"]["steps"])
-                found = Running(number=trial.number, index=asked["index"], recipe=recipe, plan=asked["plan"])
+                found = _running(trial.number, asked)
             else:
                 self.study.tell(trial.number, state=TrialState.FAIL)
         return found
 
-    def ask(self, suggest: Callable[[optuna.Trial], Recipe], fixed: Params | None = None, plan: str = "") -> Running:
+    def ask(
+        self,
+        suggest: Callable[[optuna.Trial], Recipe],
+        fixed: Params | None = None,
+        plan: str = "",
+        limit: float | None = None,
+    ) -> Running:
         """A new trial with the recipe that `suggest` makes of it; `fixed` parameters are given instead of sampled."""
         index = len(self.finished())
         self.study.sampler = _sampler(self.seed, index)
@@ -113,8 +129,23 @@ class Study:
             self.study.enqueue_trial(fixed)
         trial = self.study.ask()
         recipe = suggest(trial)
-        trial.set_user_attr(ASKED, {"index": index, "plan": plan, "recipe": recipe.dump()})
-        return Running(number=trial.number, index=index, recipe=recipe, plan=plan)
+        asked = {"index": index, "plan": plan, "recipe": recipe.dump(), "limit": limit}
+        trial.set_user_attr(ASKED, asked)
+        return _running(trial.number, asked)
+
+    def again(self, index: int) -> Running:
+        """The trial at this place of the search once more: the same parameters and recipe, in the same place."""
+        old = next(trial for trial in self._trials() if trial.user_attrs.get(ASKED, {}).get("index") == index)
+        asked = old.user_attrs[ASKED]
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=old.params,
+                distributions=old.distributions,
+                user_attrs={ASKED: asked},
+            )
+        )
+        return _running(self._trials()[-1].number, asked)
 
     def tell(
         self,
@@ -143,6 +174,11 @@ class Study:
         return next(trial._trial_id for trial in self._trials() if trial.number == number)
 
 
+def _running(number: int, asked: dict[str, Any]) -> Running:
+    recipe = Recipe(asked["recipe"]["steps"])
+    return Running(number=number, index=asked["index"], recipe=recipe, plan=asked["plan"], limit=asked["limit"])
+
+
 def _open(path: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -150,7 +186,7 @@ def _open(path: Path) -> optuna.Study:
     try:
         return optuna.create_study(storage=optuna.storages.RDBStorage(url), study_name=NAME, load_if_exists=True)
     except (RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-        if disk_reason(error) is not None:
+        if disk_message(error, path) is not None:
             raise
         reason = " ".join(str(error).split())
         raise OutputError(f"{path} is not the database of a search ({reason[:120]}); choose another folder") from error

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..core.metric import Metric
 from ..core.reading import Reading, find
 from ..core.run import Budget
 
+THREADS = 1  # that the latency of the bar is judged on
 
-def verdict(readings: Sequence[Reading], budget: Budget, metric: Metric, runtime: str, nearest: bool = False) -> str:
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit of the bar in words, whether what it limits was measured, and by what it is broken (empty if not)."""
+
+    words: str
+    measured: bool
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Every limit of the bar against the readings, by what is limited: "drop", "size", "latency"."""
+
+    limits: dict[str, Limit]
+
+    @property
+    def met(self) -> bool:
+        """Whether every limit was measured and is met; a bar without limits is."""
+        return all(limit.measured and not limit.broken for limit in self.limits.values())
+
+    def __str__(self) -> str:
+        limits = self.limits.values()
+        broken = [limit.broken for limit in limits if limit.broken]
+        kept = [limit.words for limit in limits if limit.measured and not limit.broken]
+        lacking = [limit.words for limit in limits if not limit.measured]
+        said = (
+            f"misses the bar ({'; '.join(broken)})" if broken else f"meets the bar of {', '.join(kept)}" if kept else ""
+        )
+        return "; ".join(filter(None, [said, f"not measured: {', '.join(lacking)}" if lacking else ""]))
+
+
+def verdict(readings: Sequence[Reading], judged: Judged, metric: Metric, runtime: str, nearest: bool = False) -> str:
     """The sentence: gains and losses against the original, then whether the bar is met. What got worse is said first.
 
-    `nearest` says that no candidate met the bar in the search, so this one is the nearest.
+    `nearest` says that no candidate met the bar in the search, so that this one is the nearest; it is said where these
+    readings break a limit too.
     """
     sentence = ", ".join(part for part in (_compared(_gains(readings), runtime), _loss(readings, metric)) if part)
-    judged = judgement(readings, budget, metric)
-    end = "; no recipe that was tried met it, this one came nearest" if nearest and judged else ""
-    return sentence + (f": {judged}" if judged else "") + end
+    broken = any(limit.broken for limit in judged.limits.values())
+    end = "; no recipe that was tried met it, this one came nearest" if nearest and broken else ""
+    return sentence + (f": {judged}" if judged.limits else "") + end
 
 
 def _compared(gains: Sequence[str], runtime: str) -> str:
@@ -30,34 +65,31 @@ def _compared(gains: Sequence[str], runtime: str) -> str:
     return ", and ".join(f"{text} {link}" for text, link in zip(gains, links)) + f", the original in {runtime}"
 
 
-def misses(readings: Sequence[Reading], budget: Budget, metric: Metric) -> dict[str, str]:
-    """Which limits of the bar the readings break, and by what, in words; empty if all are met. Raises nothing: what
-    was not read is not judged.
+def judge_bar(readings: Sequence[Reading], budget: Budget, metric: Metric, batch: int = 1) -> Judged:
+    """Each limit of the bar against the readings. Latency is judged at batch size `batch` on one thread alone: a figure
+    under other conditions says nothing about it.
     """
-    found = {}
-    drop, size, latency = _drop(readings), _value(readings, "file_bytes"), _p50(readings, "compressed")
-    if budget.max_drop is not None and drop is not None and drop.value > budget.max_drop + 1e-9:
-        found["drop"] = f"{amount(drop.value, metric)} lost where at most {budget.max_drop:g} may be"
-    if budget.max_size is not None and size is not None and size > budget.max_size:
-        found["size"] = f"{size:,.0f} bytes where at most {budget.max_size:,} may be"
-    if budget.max_latency is not None and latency is not None and latency.value > budget.max_latency:
-        found["latency"] = f"{latency.value:.3g} ms where at most {budget.max_latency:g} may be"
-    return found
+    found, points = {}, " points" if metric.unit == "%" else ""
+    if (most := budget.max_drop) is not None:
+        drop = _value(readings, "drop")
+        found["drop"] = _limit(f"{most:g}", f"{points} lost", most, drop, lambda lost: f"{amount(lost, metric)} lost")
+    if (most := budget.max_size) is not None:
+        size = _value(readings, "file_bytes")
+        found["size"] = _limit(f"{most:,}", " bytes", most, size, lambda count: f"{count:,.0f} bytes")
+    if (most := budget.max_latency) is not None:
+        at, own = f" ms (p50, batch {batch}, {THREADS} thread)", {"batch": batch, "threads": THREADS}
+        time = find(list(readings), "compressed", "p50_ms", **own)
+        found["latency"] = _limit(
+            f"{most:g}", at, most, None if time is None else time.value, lambda ms: f"{ms:.3g}{at}"
+        )
+    return Judged(found)
 
 
-def judgement(readings: Sequence[Reading], budget: Budget, metric: Metric) -> str:
-    """Whether the bar is met, and what it is; empty where there is no bar."""
-    bars = []
-    if budget.max_drop is not None:
-        bars.append(f"at most {budget.max_drop:g}{'' if metric.unit != '%' else ' points'} lost")
-    if budget.max_size is not None:
-        bars.append(f"at most {budget.max_size:,} bytes")
-    if budget.max_latency is not None:
-        bars.append(f"at most {budget.max_latency:g} ms")
-    if not bars:
-        return ""
-    broken = misses(readings, budget, metric)
-    return f"misses the bar ({'; '.join(broken.values())})" if broken else f"meets the bar of {', '.join(bars)}"
+def _limit(most: str, unit: str, bound: float, figure: float | None, show: Callable[[float], str]) -> Limit:
+    if figure is None:
+        return Limit(f"at most {most}{unit}", measured=False)
+    over = figure > bound + 1e-9
+    return Limit(f"at most {most}{unit}", True, f"{show(figure)} where at most {most} may be" if over else "")
 
 
 def amount(value: float, metric: Metric) -> str:
@@ -121,10 +153,6 @@ def _p50(readings: Sequence[Reading], subject: str) -> Reading | None:
 def _value(readings: Sequence[Reading], name: str, subject: str = "compressed") -> float | None:
     reading = find(list(readings), subject, name)
     return None if reading is None else reading.value
-
-
-def _drop(readings: Sequence[Reading]) -> Reading | None:
-    return find(list(readings), "compressed", "drop")
 
 
 def _loss(readings: Sequence[Reading], metric: Metric) -> str:
