@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from .core.diagnosis import Diagnosis
 from .core.progress import Progress
-from .report import compare, text
+from .report import compare, diagnosis, text
 
 if TYPE_CHECKING:
     from .core.reading import Reading
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 REDRAW_SECONDS = 0.2
 PIPE_WIDTH = 120
+MOST_LAYERS = 20  # of a diagnosis
 LABEL_WIDTH = 28  # so that wide intervals do not break the names of the figures
 COLOURS = {"better": "green", "worse": "red"}
 DETAILS = (
@@ -168,6 +170,25 @@ def gains_table(run: Run, details: bool = False) -> Table:
             colour = COLOURS.get(row.direction)
             table.add_row(heading(row), *cells, f"[{colour}]{escape(row.change)}[/]" if colour else escape(row.change))
     return table
+
+
+def show_diagnosis(out: Console, answer: dict[str, Any], folder: Path | None) -> None:
+    """What was found, the layers with the worst first, the line for the recipe, and where the page is."""
+    found = Diagnosis.model_validate({name: value for name, value in answer.items() if name != "line"})
+    colour = "red" if found.collapse or not found.enough else "yellow" if found.skip else "green"
+    out.print(f"\n[bold {colour}]{escape(diagnosis.sentence(found))}[/]\n", soft_wrap=True)
+    table = Table("layer", f"{found.metric['name']} lost", "95% interval", "signal to noise", padding=(0, 2))
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for line in diagnosis.lines(found)[:MOST_LAYERS]:
+        table.add_row(*map(escape, (line.price.layer, line.drop, line.interval, line.signal)))
+    out.print(table)
+    if len(found.layers) > MOST_LAYERS:
+        out.print(f"and {len(found.layers) - MOST_LAYERS} quieter layers (--json and --out have all of them)")
+    if found.line:
+        out.print(found.line, markup=False, soft_wrap=True)
+    if folder is not None:
+        out.print(f"{'page:':<10}{folder / 'diagnosis.html'}", markup=False, soft_wrap=True)
 
 
 def heading(row: compare.Row) -> str:

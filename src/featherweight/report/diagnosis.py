@@ -77,10 +77,11 @@ def _advice(found: Diagnosis, unit: str) -> str:
     if not found.skip:
         return f"No layer needs to be left out: the loss is within {aim}."
     names = ", ".join(found.skip[:4]) + (f" and {len(found.skip) - 4} more" if len(found.skip) > 4 else "")
-    left = "" if found.skipped_drop is None else f" Without {names} it is {text.lost(found.skipped_drop, unit)}."
+    worst = f"The worst layer is {names}" if len(found.skip) == 1 else f"The worst layers are {names}"
+    left = "" if found.skipped_drop is None else f" ({text.lost(found.skipped_drop, unit)} lost)"
     if found.enough:
-        return f"The worst layers are {names}; leaving them out brings the loss within {aim}.{left}"
-    return f"The worst layers are {names}, but leaving them out does not bring the loss within {aim}.{left}"
+        return f"{worst}; skipped, the loss is within {aim}{left}."
+    return f"{worst}, but leaving that out does not bring the loss within {aim}{left}."
 
 
 def view(found: Diagnosis) -> dict[str, Any]:

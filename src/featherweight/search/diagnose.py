@@ -6,15 +6,17 @@ import math
 import time as clock
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..core import registry
 from ..core.context import Context, run_step
 from ..core.data import to_device
 from ..core.diagnosis import Collapse, Diagnosis, LayerPrice
-from ..core.errors import FeatherweightError, NoEffect, RecipeError, TaskError
+from ..core.errors import NoEffect, RecipeError, TaskError
 from ..core.metric import Records
 from ..core.outputs import as_arrays, difference, first, named_outputs, rebuild
 from ..core.progress import Progress
@@ -83,7 +85,8 @@ class Variants:
             try:
                 self.built[key] = run_step(item, copied(self.model), self.ctx, finite=False)[0]
             except NoEffect as error:
-                self.together[",".join(layers)] = str(error)
+                own = [left.reason for left in self.ctx.record.left if [left.layer] == list(layers)]
+                self.together[",".join(layers)] = own[0] if own else str(error)
                 return None
         return self.built[key]
 
@@ -351,11 +354,12 @@ def _start(variants: Variants, inputs: dict[str, torch.Tensor]) -> tuple[str, st
 
 def parse_method(text: str) -> Recipe:
     """The recipe that `text` means: the name of a method, a YAML file, or the name of a recipe that ships with us."""
-    from ..core.step import step
-
+    registry.load("methods")
+    if text in Step.kinds:
+        return Recipe([{"kind": text}])
     try:
-        return Recipe([step(text).dump()])
-    except FeatherweightError as error:
-        if text.endswith((".yaml", ".yml")) or "there is no method" in str(error):
-            return Recipe.read(text)
-        raise
+        return Recipe.read(text)
+    except RecipeError as error:
+        if Path(text).is_file():
+            raise
+        raise RecipeError(f"there is no method or recipe {text!r}; see: featherweight methods") from error
