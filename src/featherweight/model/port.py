@@ -10,25 +10,35 @@ UNSIGNED = (0, 255)
 
 
 class Port(nn.Module):
-    """Quantize an activation to 8 bits with a fixed scale and zero point, and back; gradients pass straight through
-    inside the range.
+    """Quantize an activation to `bits` (2 to 8) with a fixed scale and zero point, and back; gradients pass straight
+    through inside the range.
 
-    `value = (integer - zero) * scale` with integers from 0 to 255. In evaluation it computes with the operators
-    `torch.ops.quantized_decomposed.{quantize,dequantize}_per_tensor`, which exporters know. Jacob et al.,
-    arXiv:1712.05877.
+    `value = (integer - zero) * scale` with integers from 0 to 2**bits - 1. In evaluation it computes with the operators
+    `torch.ops.quantized_decomposed.{quantize,dequantize}_per_tensor`, which exporters know. Below 8 bits the integers
+    still lie in bytes, so that 8-bit kernels take them, and are cut as integers in between: exporters do not hand on
+    where a quantization ends. Jacob et al., arXiv:1712.05877.
     """
 
-    def __init__(self, scale: float = 1.0, zero: int = 0):
+    def __init__(self, scale: float = 1.0, zero: int = 0, bits: int = 8):
         super().__init__()
-        self.scale, self.zero = float(scale), int(zero)
+        if not 2 <= int(bits) <= 8:
+            raise ValueError(f"bits must be from 2 to 8, not {bits}")
+        self.scale, self.zero, self.bits = float(scale), int(zero), int(bits)
+
+    @property
+    def top(self) -> int:
+        """The highest integer."""
+        return 2**self.bits - 1
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale!r}, zero={self.zero}"
+        return f"scale={self.scale!r}, zero={self.zero}, bits={self.bits}"
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, *UNSIGNED)
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, 0, self.top)
         values = torch.ops.quantized_decomposed.quantize_per_tensor(x, self.scale, self.zero, *UNSIGNED, torch.uint8)
+        if self.bits < 8:
+            values = values.clamp_max(self.top)
         return torch.ops.quantized_decomposed.dequantize_per_tensor(
             values, self.scale, self.zero, *UNSIGNED, torch.uint8
         )

@@ -66,3 +66,13 @@ def affine_of_range(low: float, high: float, bits: int = 8) -> tuple[float, int]
     top = limits(bits, signed=False)[1]
     scale = (high - low) / top
     return (scale, max(0, min(top, round(-low / scale)))) if scale >= TINY else (1.0, 0)
+
+
+def symmetric_of_range(low: float, high: float, bits: int = 8) -> tuple[float, int]:
+    """Scale and zero point of an unsigned grid whose zero is in the middle and which reaches as far as low...high does
+    from 0 (arXiv:1806.08342, section 2.2). Raises `ValueError` if the range is not finite or empty.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"{low}...{high} is no finite range")
+    scale = max(-low, high, 0.0) / limits(bits)[1]
+    return scale if scale >= TINY else 1.0, 2 ** (bits - 1)

@@ -39,13 +39,25 @@ JOINS = frozenset({aten.add.Tensor, aten.add_.Tensor, aten.cat.default})
 POOLS = frozenset({aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 
 
+RECURRENT = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})
+
+
 @dataclass
 class Placement:
-    """Which values get a port. `sources` are measured; `shared` take the scale of another value. Nodes of one graph."""
+    """Which values get a port. `sources` are measured; `shared` take the scale of another value. Nodes of one graph.
+
+    `readers` says which nodes read a port; those that compute in floats keep the value as it was. Where an integer
+    kernel makes the value, only integers are left of it, and all nodes read the port: then it has no entry.
+    """
 
     sources: list[fx.Node] = field(default_factory=list)
     shared: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    readers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     layers: dict[str, fx.Node] = field(default_factory=dict)  # full name of the weight -> its operation
+
+    def reads(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether `node` reads the port behind `value`."""
+        return value not in self.readers or node in self.readers[value]
 
 
 def weight_name(node: fx.Node) -> str | None:
@@ -56,6 +68,27 @@ def weight_name(node: fx.Node) -> str | None:
         return None
     weight = node.args[1]
     return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def stored_weights(node: fx.Node) -> list[str]:
+    """The full names of the weights of an embedding or a recurrent layer, which are stored in integers and computed
+    with in floats; empty for any other operation.
+    """
+    if node.op != "call_function":
+        return []
+    if node.target is aten.embedding.default:
+        held = [node.args[0]]
+    elif node.target in RECURRENT:
+        held = list(node.args[2])  # type: ignore[arg-type]
+    else:
+        return []
+    weights = [item for item in held if isinstance(item, fx.Node) and item.op == "get_attr" and _is_matrix(item)]
+    return [str(item.target) for item in weights]
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return value is not None and value.dim() > 1
 
 
 def place(graph: fx.Graph, wanted: set[str]) -> Placement:
@@ -71,18 +104,16 @@ def place(graph: fx.Graph, wanted: set[str]) -> Placement:
         name = weight_name(node)
         if name is not None and name in wanted:
             found.layers[name] = node
-            given = node.args[0]
-            assert isinstance(given, fx.Node)
-            _port(given, ported, found)
+            _read(node, node.args[0], ported, found)
             if node.target != LINEAR:
-                _port(_end(node), ported, found)
+                _give(_end(node), ported, found)
         elif node.target in JOINS and _all_integer(node, ported):
             for item in _tensors(node):
-                _port(item, ported, found)
-            _port(_end(node), ported, found)
+                _read(node, item, ported, found)
+            _give(_end(node), ported, found)
         elif node.target in POOLS and moved_from(node.args[0]) in ported and _pools_space(node):
-            _port(node.args[0], ported, found)
-            _port(node, ported, found)
+            _read(node, node.args[0], ported, found)
+            _give(node, ported, found)
     return found
 
 
@@ -117,16 +148,41 @@ def _zero_pad(node: fx.Node) -> bool:
     return not (node.args[2] if len(node.args) > 2 else 0)
 
 
-def _port(value: fx.Node, ported: set[fx.Node], found: Placement) -> None:
-    """Put a port behind `value`, and behind what it is a moved form of; both have one scale."""
+def _read(node: fx.Node, value: object, ported: set[fx.Node], found: Placement) -> None:
+    """Let `node` read `value` through a port, and through one behind what it is a moved form of; both on one grid."""
     origin = moved_from(value)
-    assert origin is not None
+    assert origin is not None and isinstance(value, fx.Node)
+    _add_port(value, origin, ported, found)
+    reader = node
+    for each in _moves_to(value, origin):
+        if each in (value, origin) and each in found.readers:
+            found.readers[each].append(reader)
+        reader = each
+
+
+def _moves_to(value: fx.Node, origin: fx.Node) -> list[fx.Node]:
+    """`value`, what it is a moved form of, and so on to `origin`."""
+    chain = [value]
+    while chain[-1] is not origin:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain
+
+
+def _give(value: fx.Node, ported: set[fx.Node], found: Placement) -> None:
+    """Put a port behind what an integer kernel makes: nothing reads the floats before it."""
+    _add_port(value, value, ported, found)
+    found.readers.pop(value, None)
+
+
+def _add_port(value: fx.Node, origin: fx.Node, ported: set[fx.Node], found: Placement) -> None:
     if origin not in ported:
         ported.add(origin)
         found.sources.append(origin)
+        found.readers[origin] = []
     if value is not origin and value not in ported:
         ported.add(value)
         found.shared[value] = origin
+        found.readers[value] = []
 
 
 def _all_integer(node: fx.Node, ported: set[fx.Node]) -> bool:

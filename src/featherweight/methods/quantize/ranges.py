@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -66,14 +67,22 @@ class Histogram:
         return self.start + self.width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
 
 
-def activation_range(histogram: Histogram, method: Calibration, percentile: float = 99.99) -> tuple[float, float]:
-    """The range of an activation, zero included, that 8 bits are spread over."""
+def activation_range(
+    histogram: Histogram, method: Calibration, percentile: float = 99.99, bits: int = 8, symmetric: bool = False
+) -> tuple[float, float]:
+    """The range of an activation, zero included, that a grid of `bits` is spread over; equal on both sides of zero if
+    `symmetric`.
+    """
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    if symmetric:
+        low, high = -max(-low, high), max(-low, high)
     if method == "minmax" or histogram.width == 0.0:
         return low, high
     if method == "percentile":
-        return percentile_range(histogram, percentile)
-    return best_range(histogram, low, high, squared_error if method == "mse" else divergence)
+        low, high = percentile_range(histogram, percentile)
+        return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
+    cost = partial(squared_error if method == "mse" else divergence, levels=2**bits - 1)
+    return best_range(histogram, low, high, cost, symmetric)
 
 
 def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, float]:
@@ -86,36 +95,40 @@ def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, fl
     return min(max(low, histogram.low), 0.0), max(min(high, histogram.high), 0.0)
 
 
-def best_range(histogram: Histogram, low: float, high: float, cost: object) -> tuple[float, float]:
-    """The range, shrunk from `low`..`high` by up to 80% at either end in turn, that has the least `cost`."""
+def best_range(
+    histogram: Histogram, low: float, high: float, cost: object, symmetric: bool = False
+) -> tuple[float, float]:
+    """The range, shrunk from `low`..`high` by up to 80% at either end in turn, that has the least `cost`; at both ends
+    together if `symmetric`.
+    """
     best = (low, high)
-    for side in (0, 1, 0, 1):
+    for side in (0, 1, 0, 1) if not symmetric else (2,):
         options = []
         for part in torch.linspace(1.0, 0.2, 65).tolist():
-            tried = (best[0] * part, best[1]) if side == 0 else (best[0], best[1] * part)
+            tried = (best[0] * (part if side != 1 else 1), best[1] * (part if side != 0 else 1))
             if tried[1] > tried[0]:
                 options.append((cost(histogram, *tried), -part, tried))  # type: ignore[operator]
         best = min(options)[2]
     return best
 
 
-def squared_error(histogram: Histogram, low: float, high: float) -> float:
-    """Mean squared error of rounding to `LEVELS` steps between `low` and `high`: clipping plus rounding inside, from
+def squared_error(histogram: Histogram, low: float, high: float, levels: int = LEVELS) -> float:
+    """Mean squared error of rounding to `levels` steps between `low` and `high`: clipping plus rounding inside, from
     the counts.
     """
     values = histogram.middles()
-    step = (high - low) / LEVELS
+    step = (high - low) / levels
     zero = round(-low / step)
-    rounded = (torch.clamp(torch.round(values / step) + zero, 0, LEVELS) - zero) * step
+    rounded = (torch.clamp(torch.round(values / step) + zero, 0, levels) - zero) * step
     inside = (values >= low) & (values <= high)
     error = torch.where(inside, torch.full_like(values, step**2 / 12), (values - rounded) ** 2)
     return float((histogram.counts * error).sum() / histogram.counts.sum())
 
 
-def divergence(histogram: Histogram, low: float, high: float) -> float:
+def divergence(histogram: Histogram, low: float, high: float, levels: int = LEVELS) -> float:
     """Kullback-Leibler divergence of the clipped distribution from its quantized form.
 
-    What lies outside is counted at the ends; each of the `LEVELS` + 1 steps spreads its count evenly over its non-empty
+    What lies outside is counted at the ends; each of the `levels` + 1 steps spreads its count evenly over its non-empty
     bins. Migacz, "8-bit inference with TensorRT", GTC 2017.
     """
     values, counts = histogram.middles(), histogram.counts
@@ -126,12 +139,12 @@ def divergence(histogram: Histogram, low: float, high: float) -> float:
     first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])
     clipped[first] += counts[:first].sum()
     clipped[last] += counts[last + 1 :].sum()
-    step = ((values - low) / ((high - low) / LEVELS)).round().long().clamp(0, LEVELS)
+    step = ((values - low) / ((high - low) / levels)).round().long().clamp(0, levels)
     filled = (clipped > 0).double()
-    totals = torch.zeros(LEVELS + 1, dtype=torch.float64).index_add_(
+    totals = torch.zeros(levels + 1, dtype=torch.float64).index_add_(
         0, step, torch.where(inside, counts, torch.zeros_like(counts))
     )
-    bins = torch.zeros(LEVELS + 1, dtype=torch.float64).index_add_(0, step, filled)
+    bins = torch.zeros(levels + 1, dtype=torch.float64).index_add_(0, step, filled)
     quantized = (totals / bins.clamp_min(1))[step] * filled
     p, q = clipped / clipped.sum(), quantized / quantized.sum().clamp_min(1e-30)
     some = p > 0

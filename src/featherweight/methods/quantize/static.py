@@ -1,41 +1,55 @@
-"""quantize.static: weights and activations in 8 bits, with ranges from calibration data."""
+"""quantize.static: weights and activations in few bits, with ranges from calibration data."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from featherweight.core.context import Context
 from featherweight.core.encoding import Sparse
-from featherweight.core.errors import NotFinite, TaskError
-from featherweight.core.soft import Link, chains, encodings, fold
+from featherweight.core.soft import chains, encodings, fold
 from featherweight.core.step import OneOf, Place, Trait
 from featherweight.model.graph import captured
 from featherweight.model.norms import TRANSPOSED, attribute, without_norms
-from featherweight.model.port import Port
 from featherweight.model.rounding import Rounding
 from featherweight.model.select import LayerStep, excluded, patterns
 
-from .arithmetic import affine_of_range, scale_by_error, scale_by_max
-from .placement import Placement, place, weight_name
-from .ranges import Calibration, Histogram, activation_range
+from .correct import correct_biases
+from .equalize import equalize
+from .observe import insert_ports, keep_links, observe, round_weight
+from .placement import Placement, place, stored_weights, weight_name
+from .ranges import Calibration
+from .reconstruct import reconstruct
+from .segments import by_block, by_layer
+from .smooth import smooth
+
+Bits = Annotated[int, Field(ge=2, le=8)]
 
 
 class StaticQuantization(LayerStep, kind="quantize.static"):
-    """Store the weights of convolutions and linear layers as 8-bit integers and compute on 8-bit activations.
+    """Store weights as integers of few bits and compute on quantized activations, with ranges from calibration data.
 
-    Batch norm is folded first, unless that changes the outputs beyond rounding. Weights are symmetric per output
-    channel (`weights`: scales by the largest magnitude, or by least squared error); activations are affine per tensor,
-    with ranges from the calibration split by `calibration`. Ports stand at the inputs of these layers, at the outputs
-    of convolutions, and around additions, concatenations and poolings between them, so that a runtime can keep integers
-    throughout. The model becomes a captured graph: it can still be trained, not reshaped. Raises `NotFinite` if
-    calibration meets NaN.
+    Batch norm is folded first, unless that changes the outputs beyond rounding. Weights get `bits`, symmetric per
+    output channel (`weights`: scales by the largest magnitude, or by least squared error); activations
+    `activation_bits`, per tensor, affine or `symmetric`, with ranges from the calibration split by `calibration`. Below
+    8 bits, the first and the last layer get `ends` bits; `layer_bits` (glob on layer names -> bits) goes before all.
+
+    Before that, `equalize` rescales channels between layers (arXiv:1906.04721), and `smooth` moves that share of the
+    spread of activations into the weights of linear layers (arXiv:2211.10438). `rounding` is to the nearest integer,
+    or learned in `iterations` steps so that each layer ("adaptive", AdaRound, arXiv:2004.10568) or each block of layers
+    ("block", BRECQ, arXiv:2102.05426) gives what it gave before. `bias_correction` then takes what the means of layers
+    have moved off their biases. These see the calibration data layer by layer; what is kept between layers lies in
+    memory up to 1 GiB, beyond that in a temporary folder.
+
+    Ports stand at the inputs of convolutions and linear layers, at the outputs of convolutions, and around additions,
+    concatenations and poolings between them, so that a runtime can keep integers throughout. The weights of embeddings
+    (per row) and recurrent layers are only stored as integers. The model becomes a captured graph: it can still be
+    trained, not reshaped. Raises `NotFinite` if calibration meets NaN, `TaskError` if there are no calibration data.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -44,9 +58,22 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
     place: ClassVar[Place | None] = Place.ENCODE
     paper: ClassVar[str] = "arXiv:1712.05877"
 
+    bits: Bits = 8
+    activation_bits: Bits = 8
+    ends: Bits = 8
+    layer_bits: dict[str, Bits] = Field(default_factory=dict)
     calibration: Annotated[Calibration, OneOf("minmax", "percentile", "mse", "entropy")] = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    symmetric: bool = False
     weights: Annotated[Literal["max", "mse"], OneOf("max", "mse")] = "max"
+    equalize: bool = False
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+    rounding: Literal["nearest", "adaptive", "block"] = "nearest"
+    iterations: Annotated[int, Field(ge=1)] = 1000
+    bias_correction: bool = False
+
+    def forms(self) -> frozenset[str]:
+        return frozenset({f"int{self.bits}"})
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         links = {name: chain for name, _, _, chain in chains(model)}
@@ -58,23 +85,65 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
             ctx.warn(f"{self.kind}: batch norms are not folded, which would change the outputs: {unequal}")
         for layer in folded:
             ctx.change(layer, "batch norm folded in")
-        _keep_links(module, links)
         wanted = self._choose(module, stored, ctx)
         if not wanted:
             return model
+        notes = {layer: ["batch norm folded in"] for layer in folded}
+        self._rescale(module, wanted, notes, ctx)
+        keep_links(module, links)
         placement = place(module.graph, wanted)
-        _observe(module, placement, ctx, self)
-        for name, node in placement.layers.items():
-            _round_weight(module, name, node, self.weights)
-            layer = name.rpartition(".")[0]
-            norm = ", batch norm folded in" if layer in folded else ""
-            ctx.change(layer, f"int8 weight per channel, 8-bit activations{norm}")
+        bits = self._bits(placement)
+        histograms = observe(module, placement.sources, ctx)
+        insert_ports(module, placement, histograms, self._port_bits(placement, bits), self)
+        self._round(module, placement, bits, notes, ctx)
+        for name in placement.layers:
+            layer, width = name.rpartition(".")[0], self._port_bits_of(bits[name])
+            ctx.change(layer, "; ".join([f"int{bits[name]} weight, {width}-bit activations", *notes.get(layer, [])]))
+        for name in _tables(module.graph, wanted):
+            width = self._named_bits(name) or self.bits
+            round_weight(module, name, 0, width, self.weights)
+            ctx.change(name.rpartition(".")[0], f"int{width} rows, computed with as floats")
         return module
 
+    def _rescale(self, module: fx.GraphModule, wanted: set[str], notes: dict[str, list[str]], ctx: Context) -> None:
+        """Equalize and smooth, where asked for; what layers this changed goes to `notes`."""
+        layers = place(module.graph, wanted).layers
+        if self.equalize:
+            for layer in equalize(module, layers):
+                notes.setdefault(layer, []).append("channels equalized")
+        if self.smooth is not None:
+            for layer in smooth(module, layers, lambda: calibration(ctx), self.smooth):
+                notes.setdefault(layer, []).append("inputs smoothed")
+
+    def _round(
+        self,
+        module: fx.GraphModule,
+        placement: Placement,
+        bits: dict[str, int],
+        notes: dict[str, list[str]],
+        ctx: Context,
+    ) -> None:
+        """Put the weights on their grids, and repair what that does to the outputs of layers, as asked for."""
+        plain = {str(n.target): _tensor(module, n) for n in module.graph.nodes if n.op == "get_attr"}
+        links: dict[str, Rounding] = {}
+        for name, node in placement.layers.items():
+            links[name] = round_weight(module, name, channel_axis(node), bits[name], self.weights)
+        if self.rounding != "nearest":
+            parts = (by_layer if self.rounding == "adaptive" else by_block)(module.graph, placement.layers)
+            batches, generator = (lambda: calibration(ctx)), ctx.generator("rounding")
+            gains = reconstruct(module, parts, links, batches, plain, self.iterations, generator, ctx.progress)
+            for name, gain in gains.items():
+                notes.setdefault(name.rpartition(".")[0], []).append(f"rounding learned, error / {gain:.2g}")
+        if self.bias_correction:
+            for layer in correct_biases(module, placement.layers, lambda: calibration(ctx), plain):
+                notes.setdefault(layer, []).append("bias corrected")
+
+    # -- which layers, and how many bits -----------------------------------------------------------------------------
     def _choose(self, module: fx.GraphModule, stored: set[str], ctx: Context) -> set[str]:
         """The weights to quantize; every other layer that has parameters is reported as left alone."""
         chosen: set[str] = set()
-        layers = [name for node in module.graph.nodes if (name := weight_name(node)) is not None]
+        named = (name for node in module.graph.nodes for name in (weight_name(node), *stored_weights(node)))
+        layers = list(dict.fromkeys(name for name in named if name is not None))
         for name in layers:
             layer = name.rpartition(".")[0]
             reason = "is already stored in integers" if name in stored else excluded(layer, self.only, self.skip)
@@ -82,79 +151,62 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
                 chosen.add(name)
             else:
                 ctx.leave(layer, reason)
-        for glob in (*patterns(self.only), *self.skip):
+        for glob in (*patterns(self.only), *self.skip, *self.layer_bits):
             if glob != "*" and not any(fnmatchcase(name.rpartition(".")[0], glob) for name in layers):
                 ctx.warn(f"{self.kind}: no layer matches {glob!r}")
         owners = {name.rpartition(".")[0] for name, _ in module.named_parameters() if ".parametrizations." not in name}
         for layer in sorted(owners - {name.rpartition(".")[0] for name in layers}):
-            ctx.leave(layer, "neither a convolution nor a linear layer; stays in floats")
+            ctx.leave(layer, "no convolution, linear layer, embedding or recurrent layer; stays in floats")
         return chosen
 
+    def _named_bits(self, name: str) -> int | None:
+        """What `layer_bits` says of the layer of this weight."""
+        layer = name.rpartition(".")[0]
+        return next((bits for glob, bits in self.layer_bits.items() if fnmatchcase(layer, glob)), None)
 
-def _keep_links(module: fx.GraphModule, links: dict[str, list[Link]]) -> None:
-    """Put masks and the like back on the captured weights, so that they still hold when the model is trained."""
-    for name, chain in links.items():
-        prefix, _, last = name.rpartition(".")
-        for link in chain:
-            parametrize.register_parametrization(module.get_submodule(prefix), last, copy.deepcopy(link))
+    def _bits(self, placement: Placement) -> dict[str, int]:
+        """Bits of each weight."""
+        names = list(placement.layers)
+        ends = {names[0], names[-1]} if names else set()
+        return {
+            name: self._named_bits(name) or (max(self.bits, self.ends) if name in ends else self.bits) for name in names
+        }
 
+    def _port_bits_of(self, weight_bits: int) -> int:
+        """Bits of the input of a layer whose weight has so many: those that have more than the others keep 8."""
+        return self.activation_bits if weight_bits <= self.bits else max(self.activation_bits, self.ends)
 
-def _observe(module: fx.GraphModule, placement: Placement, ctx: Context, step: StaticQuantization) -> None:
-    """Measure the range of every source over the calibration split, one pass, and put the ports in."""
-    histograms = _collect(module, placement.sources, ctx)
-    settings: dict[fx.Node, tuple[float, int]] = {}
-    for node, histogram in histograms.items():
-        settings[node] = affine_of_range(*activation_range(histogram, step.calibration, step.percentile))
-    for value, origin in placement.shared.items():
-        settings[value] = settings[origin]
-    ports = nn.Module()
-    module.add_module("ports", ports)
-    for value, (scale, zero) in settings.items():
-        name = f"ports.{value.name}"
-        ports.add_module(value.name, Port(scale, zero))
-        with module.graph.inserting_after(value):
-            port = module.graph.call_module(name, (value,))
-        port.meta = dict(value.meta)
-        for user in list(value.users):
-            if user is not port:
-                user.replace_input_with(value, port)
-    module.graph.lint()
-    module.recompile()
+    def _port_bits(self, placement: Placement, bits: dict[str, int]) -> dict[fx.Node, int]:
+        """Bits of each measured value: the most that a layer which reads it asks for. What no layer reads is not
+        multiplied, only added or pooled, and keeps 8.
+        """
+        found: dict[fx.Node, int] = {}
+        for name, node in placement.layers.items():
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            origin = placement.shared.get(value, value)
+            found[origin] = max(found.get(origin, 0), self._port_bits_of(bits[name]))
+        return {value: found.get(value, 8) for value in placement.sources}
 
 
-class _Collector(fx.Interpreter):
-    """Runs a captured graph and counts the values of chosen nodes."""
-
-    def __init__(self, module: fx.GraphModule, histograms: dict[fx.Node, Histogram]):
-        super().__init__(module)
-        self.histograms = histograms
-
-    def run_node(self, node: fx.Node) -> Any:
-        result = super().run_node(node)
-        if node in self.histograms:
-            try:
-                self.histograms[node].add(result)
-            except ValueError as error:
-                raise NotFinite(f"calibration: the value {node.name!r} holds NaN or infinite entries") from error
-        return result
+def calibration(ctx: Context) -> Iterable[tuple[Tensor, ...]]:
+    """The inputs of the model in each batch of the calibration split, in the order of its arguments."""
+    for batch in ctx.batches("calibrate"):
+        yield tuple(ctx.task.named_inputs(batch).values())
 
 
-@torch.no_grad()
-def _collect(module: fx.GraphModule, sources: list[fx.Node], ctx: Context) -> dict[fx.Node, Histogram]:
-    histograms = {node: Histogram() for node in sources}
-    collector, seen = _Collector(module.eval(), histograms), 0
-    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
-        named: dict[str, Tensor] = ctx.task.named_inputs(batch)
-        collector.run(*named.values())
-        seen += 1
-    if not seen:
-        raise TaskError(f"task {ctx.task.name}: the 'calibrate' data gave no batch, which quantize.static needs")
-    return histograms
+def channel_axis(node: fx.Node) -> int:
+    """The output channel dimension of the weight of a convolution or linear operation."""
+    return 1 if node.target in TRANSPOSED else 0
 
 
-def _round_weight(module: fx.GraphModule, name: str, node: fx.Node, method: str) -> None:
-    axis = 1 if node.target in TRANSPOSED else 0
-    weight = attribute(module, name)
-    scale = scale_by_max(weight, axis) if method == "max" else scale_by_error(weight, axis)
-    prefix, _, last = name.rpartition(".")
-    parametrize.register_parametrization(module.get_submodule(prefix), last, Rounding(scale, axis=axis))
+def _tables(graph: fx.Graph, wanted: set[str]) -> list[str]:
+    """The wanted weights that are stored as integers only."""
+    layers = {weight_name(node) for node in graph.nodes}
+    found = dict.fromkeys(name for node in graph.nodes for name in stored_weights(node))
+    return [name for name in found if name in wanted and name not in layers]
+
+
+def _tensor(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    value = attribute(module, node.target)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
