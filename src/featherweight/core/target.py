@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from . import registry
 from .encoding import Encoding, Sparse
 from .errors import ArtifactError, MissingExtra, NotCarried, NotFinite, RecipeError
-from .files import file_digest, folder_size, whole_folder, write_json
+from .files import file_digest, folder_size, recover_folder, whole_folder, write_json
 from .outputs import Layout, named_outputs, rebuild
 from .step import one_line
 
@@ -85,6 +85,7 @@ class Artifact:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        recover_folder(self.folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise ArtifactError(f"{self.folder} holds no artifact (no manifest.json)")
