@@ -1,4 +1,4 @@
-"""Trellis-coded weights: a stream of bits in which every weight reads a window of bits, and arithmetic for its value."""
+"""Trellis-coded weights: a stream of bits of which every weight reads a window, and arithmetic for its value."""
 
 from __future__ import annotations
 
@@ -120,16 +120,25 @@ class Trellis(Encoding):
 
     def restore(self, parts: dict[str, Tensor]) -> Tensor:
         symbols = unpack_bits(parts["symbols"], self.bits, self.symbols.numel()).reshape(self.symbols.shape)
-        values = code(windows(symbols, self.bits, self.window), self.window)
-        columns = values.reshape(-1, self.size[0]) * parts["scale"].float()
-        if self.left is not None:
-            columns = rotate(columns, _signs(parts["left"], self.left), back=True)
-        rows = columns.mT
-        if self.right is not None:
-            rows = rotate(rows, _signs(parts["right"], self.right), back=True)
-        return rows.reshape(self.size)
+        left = None if self.left is None else unpack_bits(parts["left"], 1, self.left.numel())
+        right = None if self.right is None else unpack_bits(parts["right"], 1, self.right.numel())
+        return restored(symbols, parts["scale"].float(), left, right, self.size, self.bits, self.window)
 
 
-def _signs(stored: Tensor, like: Tensor) -> Tensor:
-    """The signs as floats, +1 and -1."""
-    return unpack_bits(stored, 1, like.numel()).float() * 2 - 1
+def restored(
+    symbols: Tensor,
+    scale: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    size: tuple[int, ...],
+    bits: int,
+    window: int,
+) -> Tensor:
+    """The weight that symbols, scale and signs (1 for +1, 0 for -1) stand for; see `Trellis`. float32, of `size`."""
+    columns = code(windows(symbols, bits, window), window).reshape(-1, size[0]) * scale
+    if left is not None:
+        columns = rotate(columns, left.float() * 2 - 1, back=True)
+    rows = columns.mT
+    if right is not None:
+        rows = rotate(rows, right.float() * 2 - 1, back=True)
+    return rows.reshape(size)

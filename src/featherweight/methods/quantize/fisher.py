@@ -1,0 +1,91 @@
+"""How much each input of a layer matters to the loss: second moments weighted by gradients, from calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.context import Context
+from ...core.errors import NotFinite, TaskError
+from .hessian import Moment, chunks
+
+
+def loss_hessians(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Tensor]:
+    """`sum w x x^T` over the calibration split for each named layer: float32, [groups, inputs, inputs].
+
+    `x` is what the layer multiplies with its weight (see `hessians`), `w` the squared gradient of the task's loss in
+    what it gives there, summed over the outputs of the group: up to a factor the Gauss-Newton Hessian of the loss, with
+    the rows of the weight taken alike and apart (GuidedQuant, arXiv:2505.07004). What the loss does not look at, such
+    as padding, has no weight. The sums of one batch of the data are divided by the number of batches. One forward and
+    one backward pass; one matrix per layer and group is kept. Raises `TaskError` if a layer is never called or the
+    loss does not depend on it, `NotFinite` if a gradient is not finite.
+    """
+    modules = dict(model.named_modules())
+    moments = {name: Moment() for name in names}
+    scales = dict.fromkeys(names, 0.0)
+    with _trainable([modules[name] for name in names]), torch.enable_grad():
+        for batch in ctx.progress.track(ctx.batches("calibrate"), "observing gradients"):
+            for name, rows, weight in _weighted_rows(modules, names, model.eval(), batch, ctx):
+                scales[name] += float(weight.sum())
+                moments[name].add(rows * weight.sqrt()[..., None])
+    for name, moment in moments.items():
+        if not scales[name] > 0 and torch.isfinite(moment.matrix).all():
+            raise TaskError(f"the loss does not depend on the layer {name!r} over the calibration data; skip it")
+        if not torch.isfinite(moment.matrix).all():
+            raise NotFinite(f"calibration: inputs or gradients of the layer {name!r} are NaN or infinite")
+    return {name: moment.matrix * moment.count for name, moment in moments.items()}
+
+
+def _weighted_rows(
+    modules: dict[str, nn.Module], names: list[str], model: nn.Module, batch: Any, ctx: Context
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """For each call of a layer: its rows [groups, n, inputs] and their weights [groups, n], in pieces."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    handles = [
+        modules[name].register_forward_hook(
+            lambda _module, given, output, name=name: calls.append((name, given[0].detach(), output))
+        )
+        for name in names
+    ]
+    try:
+        loss = ctx.task.loss(ctx.task.call(model, batch), batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not calls:
+        return
+    gradients = torch.autograd.grad(loss, [output for _, _, output in calls], allow_unused=True)
+    for (name, given, _), gradient in zip(calls, gradients):
+        if gradient is None:
+            continue
+        done, weights = 0, _row_weights(modules[name], gradient.float())
+        for rows in chunks(modules[name], given.float()):
+            yield name, rows, weights[:, done : done + rows.shape[1]]
+            done += rows.shape[1]
+
+
+def _row_weights(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """The squared gradient summed over the outputs of each group: [groups, rows], in the order of `chunks`."""
+    squares = gradient.square()
+    if isinstance(layer, nn.Linear):
+        return squares.sum(-1).reshape(1, -1)
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    squares = squares if squares.dim() == layer.weight.dim() else squares[None]
+    return squares.unflatten(1, (layer.groups, -1)).sum(2).movedim(1, 0).flatten(1)
+
+
+@contextmanager
+def _trainable(layers: list[nn.Module]) -> Iterator[None]:
+    """Let gradients reach what these layers give, also where their parameters are frozen."""
+    frozen = [parameter for layer in layers for parameter in layer.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,184 @@
+"""quantize.trellis: weights as paths through a trellis, near the rate-distortion bound, at 1 to 4 bits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...core.context import Context
+from ...core.encoding import Sparse
+from ...core.soft import encodings
+from ...core.step import Between, OneOf, Trait
+from ...core.trellis import Trellis, restored
+from ...model.held import Held
+from ...model.select import LayerStep
+from .dynamic import called_layers, sharers
+from .fisher import loss_hessians
+from .hessian import OBSERVED, hessians
+from .incoherent import encode, layout, signs
+
+HELD_BYTES = 2**28  # of Hessians at once
+
+
+class HeldTrellis(Held, kind="trellis"):
+    """Hold a weight as paths through a trellis (see `Trellis`) with fixed symbols; the scale can be trained."""
+
+    symbols: Tensor
+    scale: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+    def __init__(
+        self,
+        code: Trellis | None = None,
+        size: list[int] | None = None,
+        bits: int = 2,
+        window: int = 12,
+        rotated: list[bool] | None = None,
+        dtype: str = "float32",
+    ):
+        super().__init__()
+        self.half, self.dtype = True, dtype
+        if code is None:  # rebuilt: the tensors are put in afterwards
+            blank = torch.zeros(1, 1, dtype=torch.uint8)
+            signs = [torch.ones(1, dtype=torch.bool) if each else None for each in rotated or [False, False]]
+            code = Trellis(blank, torch.ones(1), tuple(size or [1]), bits, window, *signs)
+        self.size, self.bits, self.window = code.size, code.bits, code.window
+        self.register_buffer("symbols", code.symbols)
+        self.register_buffer("left", code.left)
+        self.register_buffer("right", code.right)
+        self.scale = nn.Parameter(code.scale.detach().float().clone())
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "size": list(self.size),
+            "bits": self.bits,
+            "window": self.window,
+            "rotated": [self.left is not None, self.right is not None],
+            "dtype": self.dtype,
+        }
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, window={self.window}"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale, size = self._rounded(self.scale), self.size
+        floats = restored(self.symbols, scale, self.left, self.right, size, self.bits, self.window)
+        return floats.to(getattr(torch, self.dtype))
+
+    def encode(self, weight: Tensor) -> Trellis:
+        scale = self._stored(self.scale)
+        return Trellis(self.symbols, scale, self.size, self.bits, self.window, self.left, self.right)
+
+
+class TrellisQuantization(LayerStep, kind="quantize.trellis"):
+    """Store the weights of linear layers and convolutions as paths through a trellis, at 1 to 4 bits per weight.
+
+    Every weight reads a window of `window` bits out of a circular stream to which it adds `bits`; the value of a window
+    is arithmetic, so there is no table to store. The paths are searched by the Viterbi algorithm, column by column with
+    feedback from the second moments of the layer's inputs over the calibration split (damped by `damping`), which are
+    weighted by how much the loss depends on each (`weighting`: "loss", the default, needs one backward pass; "inputs"
+    weights all alike). Random Hadamard rotations (`rotate`) on both sides make the weights Gaussian, for which the code
+    is made; their signs cost one bit per row and column, and the weight is rotated back when it is restored. In
+    `passes` passes over the data, layers see the inputs that the layers coded before them give. The symbols are fixed
+    afterwards; scales, biases, norms and what is left alone can still be trained.
+    """
+
+    needs: ClassVar[Trait] = Trait.EDITABLE
+    takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
+    paper: ClassVar[str] = "arXiv:2406.11235"
+
+    bits: Annotated[Literal[1, 2, 3, 4], OneOf(2, 3, 4)] = 3
+    window: Annotated[int, Field(ge=6, le=16)] = 12
+    damping: Annotated[float, Field(gt=0, le=1), Between(1e-3, 0.1, log=True)] = 0.01
+    weighting: Literal["loss", "inputs"] = "loss"
+    rotate: bool = True
+    rounds: Annotated[int, Field(ge=0, le=10)] = 1
+    passes: Annotated[int, Field(ge=1)] = 4
+
+    def forms(self) -> frozenset[str]:
+        return frozenset({f"trellis{self.bits}"})
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        names = self._possible(model, ctx)
+        modules, generator = dict(model.named_modules()), ctx.generator(self.kind)
+        for some in _in_passes(names, modules, self.passes):
+            collect = loss_hessians if self.weighting == "loss" else hessians
+            found = collect(model, some, ctx)
+            for name in ctx.progress.track(some, "searching paths", len(some)):
+                self._code(name, modules[name], found.pop(name), generator, ctx)
+        return model
+
+    def _possible(self, model: nn.Module, ctx: Context) -> list[str]:
+        """The layers that can be coded; for every other, the reason is recorded."""
+        called, found = called_layers(model, ctx), []
+        for name, layer in self.layers(model, ctx, OBSERVED):
+            reason = obstacle(layer, self.bits, self.window)
+            if name not in called:
+                reason = "its forward is never called: the module around it reads its weight"
+            elif others := sharers(model, layer.weight, name):  # type: ignore[arg-type]
+                reason = f"shares its weight with {others[0]}, which keeps floats: coded, it would be stored twice"
+            if reason:
+                ctx.leave(name, reason)
+            else:
+                found.append(name)
+        for name in coded_with_zeros(model, found):
+            ctx.warn(f"{self.kind}: {name} was pruned; its zeros become small numbers")
+        return found
+
+    def _code(self, name: str, layer: nn.Module, hessian: Tensor, generator: torch.Generator, ctx: Context) -> None:
+        """Put the code of its weight on one layer."""
+        weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr]
+        rows, columns = weight.shape[0], weight[0].numel()
+        right = signs(columns, generator) if self.rotate else None
+        left = signs(rows, generator) if self.rotate and len(hessian) == 1 else None
+        found = encode(weight.cpu(), hessian.cpu(), self.bits, self.window, self.damping, left, right, self.rounds)
+        if found is None:
+            ctx.leave(name, f"its Hessian is not positive definite at damping={self.damping}; raise it")
+            return
+        code, lost = found
+        link = HeldTrellis(code, dtype=str(weight.dtype).removeprefix("torch.")).to(weight.device)
+        parametrize.register_parametrization(layer, "weight", link, unsafe=True)
+        ctx.change(name, f"{code.bits_per_weight():.2f} bits per weight, {100 * lost:.2g}% of the output energy lost")
+
+
+def obstacle(layer: nn.Module, bits: int, window: int) -> str:
+    """Why the weight of a layer cannot be coded; empty if it can."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr]
+    kind = parametrize.type_before_parametrizations(layer)
+    if kind not in OBSERVED:
+        return f"is a {kind.__name__}, which may compute otherwise than {kind.__base__.__name__}"
+    if layout(weight.shape[0], weight[0].numel(), bits, window) is None:
+        return f"has fewer bits than a window of {window}"
+    if not weight.any():
+        return "all of its weights are zero"
+    return ""
+
+
+def coded_with_zeros(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of these layers whose weights are held at zero in places."""
+    stored = encodings(model)
+    return [name for name in names if isinstance(stored.get(f"{name}.weight"), Sparse)]
+
+
+def _in_passes(names: list[str], modules: dict[str, nn.Module], passes: int) -> list[list[str]]:
+    """The names in order, in at least `passes` parts (fewer names, fewer parts) whose Hessians fit in `HELD_BYTES`."""
+    parts: list[list[str]] = [[]]
+    share, size = -(-len(names) // passes), 0
+    for name in names:
+        need = _hessian_bytes(modules[name])
+        if parts[-1] and (len(parts[-1]) == share or size + need > HELD_BYTES):
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += need
+    return parts if names else []
+
+
+def _hessian_bytes(layer: nn.Module) -> int:
+    inputs = layer.weight[0].numel()  # type: ignore[union-attr,operator,index]
+    return 4 * getattr(layer, "groups", 1) * inputs**2
