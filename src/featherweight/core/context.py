@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import Block, real_positions, walk
 from .data import to_device
 from .errors import NoEffect, NotFinite
 from .files import tensor_digest
@@ -85,6 +87,16 @@ class Context:
             model.train(was_training)
             for handle in handles:
                 handle.remove()
+
+    def blocks(self, model: nn.Module, split: Split = "calibrate") -> Iterator[Block]:
+        """The repeated blocks of `model` in order, each with what the changed blocks before it give; see `walk`.
+
+        The inputs of one block are held at a time, so memory grows with a block and its activations, not with the
+        model. Gives nothing for a model without blocks that follow each other.
+        """
+        batches = list(self.batches(split))
+        calls = [functools.partial(self.task.call, model, batch) for batch in batches]
+        return walk(model.to(self.device).eval(), calls, [real_positions(batch) for batch in batches])
 
     def fit(
         self,

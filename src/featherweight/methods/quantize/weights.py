@@ -1,0 +1,268 @@
+"""quantize.weights: weights as integers in groups, activations in floats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from featherweight.core.blocks import Block, observed, real_positions
+from featherweight.core.context import Context
+from featherweight.core.errors import NotFinite, RecipeError
+from featherweight.core.soft import copied
+from featherweight.core.step import OneOf, Place, Trait
+from featherweight.model.select import LayerStep
+
+from .awq import search_scales
+from .folding import producer, rescale
+from .gptq import activation_order, damped, factors, gptq
+from .grids import (
+    NF4,
+    Grid,
+    affine_by_range,
+    centred_by_range,
+    clipped,
+    symmetric_by_range,
+    table_by_range,
+    ternary_by_range,
+)
+from .hqq import half_quadratic
+from .matrices import Matrix, chosen_matrices, hold
+from .moments import Moments, Stage, corrected, gather, rows_of, stages
+
+Bits = Literal[8, 6, 5, 4, 3, 2, 1, "ternary"]
+
+
+class WeightQuantization(LayerStep, kind="quantize.weights"):
+    """Store the weights of linear layers and convolutions as integers of few bits, with one scale per group of inputs.
+
+    Activations stay in floats. `method`: `rtn` rounds to nearest; `hqq` finds robust zero points without data; `gptq`
+    lets later columns make up for earlier ones, by second moments of the inputs; `awq` scales inputs up that carry
+    much before it rounds. `group` neighbours share a float16 scale (None: a whole row). `symmetric` stores no zero
+    points; with 2 bits and 1 its grid has half steps. `clipping` searches the scales of least (weighted) error.
+    With GPTQ `act_order` rounds large inputs first, `damping` is the share of the mean diagonal added to the Hessian,
+    `beam` beginnings of each row are kept, `refine` times scales are fitted to the integers, and `compensate` measures
+    the error from where the original network was: the blocks of a model are gone through one after the other, each
+    with inputs from the rounded ones before it. `embeddings` are stored too, rounded to nearest (or `hqq`).
+    Raises `RecipeError` if `group` divides no chosen layer, `NotFinite` if calibration meets NaN.
+    """
+
+    needs: ClassVar[Trait] = Trait.EDITABLE
+    takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
+    makes: ClassVar[frozenset[str]] = frozenset({"uint4"})
+    place: ClassVar[Place | None] = Place.ENCODE
+    paper: ClassVar[str] = "arXiv:2210.17323"
+
+    bits: Annotated[Bits, OneOf(8, 4, 3)] = 4
+    group: Annotated[int | None, Field(ge=2)] = 32
+    method: Annotated[Literal["rtn", "hqq", "gptq", "awq"], OneOf("rtn", "hqq", "gptq", "awq")] = "gptq"
+    symmetric: bool = False
+    format: Literal["affine", "nf4"] = "affine"
+    clipping: bool = True
+    act_order: bool = True
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    beam: Annotated[int, Field(ge=1, le=256)] = 8
+    refine: Annotated[int, Field(ge=0, le=20)] = 3
+    compensate: bool = True
+    embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> WeightQuantization:
+        if self.format == "nf4" and self.bits != 4:
+            raise ValueError("the format nf4 has 4 bits; set bits: 4")
+        if self.format == "nf4" and self.symmetric:
+            raise ValueError("the format nf4 has a table of its own; leave symmetric out")
+        if self.method == "hqq" and (self.format == "nf4" or self.symmetric or self.bits in (1, "ternary")):
+            raise ValueError("hqq finds zero points: it needs format affine, symmetric false and 2 bits or more")
+        return self
+
+    def forms(self) -> frozenset[str]:
+        if self.format == "nf4":
+            return frozenset({"codebook4"})
+        if self.bits == "ternary":
+            return frozenset({"int2"})
+        return frozenset({f"{'int' if self.symmetric and self.bits > 2 else 'uint'}{self.bits}"})
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        matrices = {matrix.name: matrix for matrix in chosen_matrices(self, model, ctx)}
+        self._check_group(list(matrices.values()))
+        waiting = dict(matrices)
+        if self.method in ("gptq", "awq") and matrices:
+            for block in ctx.blocks(model):
+                self._block(block, waiting, ctx)
+            self._rest(model, waiting, ctx)
+        for matrix in list(waiting.values()):
+            self._round(waiting.pop(matrix.name), None, ctx)
+        return model
+
+    def _check_group(self, matrices: list[Matrix]) -> None:
+        if self.group is not None and matrices and not any(m.columns % self.group == 0 for m in matrices):
+            sizes = ", ".join(str(size) for size in sorted({m.columns for m in matrices})[:6])
+            raise RecipeError(
+                f"{self.kind}: group={self.group} divides no chosen layer (their inputs: {sizes}); "
+                "choose a divisor, or null for one scale per row"
+            )
+
+    # -- the layers of a block, and the others ---------------------------------------------------------------------
+    def _block(self, block: Block, waiting: dict[str, Matrix], ctx: Context) -> None:
+        """Quantize the chosen layers of one block, in the order in which they run."""
+        prefix = f"{block.name}."
+        inside = [name.removeprefix(prefix) for name in waiting if name.startswith(prefix) and not waiting[name].lookup]
+        if not inside:
+            return
+        found = stages(block, inside)
+        if self.method == "awq":
+            moments = {name: each for stage in found for name, each in gather(block, None, stage).items()}
+            for stage in found:
+                self._scale(block, stage, waiting, moments, ctx)
+            for name, each in moments.items():
+                self._round(waiting.pop(prefix + name), each, ctx)
+            return
+        original = copied(block.module) if self.compensate else None
+        for stage in found:
+            for name, each in gather(block, original, stage).items():
+                self._round(waiting.pop(prefix + name), each, ctx)
+
+    def _rest(self, model: nn.Module, waiting: dict[str, Matrix], ctx: Context) -> None:
+        """Quantize the layers that are in no block, all with the inputs that they get now."""
+        names = [name for name, matrix in waiting.items() if not matrix.lookup and not matrix.transposed]
+        moments = _observe(model, names, ctx) if names else {}
+        for name in names:
+            self._round(waiting.pop(name), moments[name], ctx)
+
+    @torch.no_grad()
+    def _scale(
+        self, block: Block, stage: Stage, waiting: dict[str, Matrix], moments: dict[str, Moments], ctx: Context
+    ) -> None:
+        """Scale the inputs of a stage's layers, where what makes them can be scaled the other way."""
+        layers = [waiting[f"{block.name}.{name}"] for name in stage.layers]
+        source = producer(block, stage)
+        each = moments[stage.layers[0]]
+        if source is None or any(matrix.keep is not None for matrix in layers) or not each.rows:
+            return
+        assert each.largeness is not None
+        largeness, hessian = each.largeness[0] / each.rows, each.mean()[0]
+
+        def rounded(weight: Tensor, importance: Tensor) -> Tensor:
+            grid = self._grid(weight, layers[0], importance, candidates=8)
+            return grid.points(grid.nearest(weight))
+
+        scales, share = search_scales([matrix.weight() for matrix in layers], largeness, hessian, rounded)
+        if share == 0:
+            return
+        rescale(block.module.get_submodule(source), [matrix.layer for matrix in layers], scales)
+        for name in stage.layers:
+            total = moments[name].hessian
+            assert total is not None
+            total.div_(scales[:, None] * scales)
+        ctx.change(f"{block.name}.{source}", f"outputs divided by scales of its readers' inputs (AWQ, share {share:g})")
+
+    # -- one layer -------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _round(self, matrix: Matrix, moments: Moments | None, ctx: Context) -> None:
+        """Choose the integers of one matrix and hold them in its layer."""
+        weight, how = matrix.weight(), self.method
+        if moments is not None and (moments.hessian is None or not bool(moments.hessian.any())):
+            ctx.warn(f"{matrix.name}: its inputs in the calibration data are none or 0; rounded to nearest")
+            moments, how = None, "rtn"
+        elif moments is not None and not bool(torch.isfinite(moments.hessian).all()):  # type: ignore[arg-type]
+            raise NotFinite(f"{self.kind}: the inputs of {matrix.name} hold NaN or infinite values in calibration")
+        if moments is None and self.method in ("gptq", "awq"):
+            how = "rtn"
+        if how == "gptq" and moments is not None:
+            found = self._gptq(weight, matrix, moments, ctx)
+        else:
+            importance = moments.mean()[0].diagonal() if moments is not None and moments.mean().shape[0] == 1 else None
+            grid = self._grid(weight, matrix, importance)
+            found = grid.nearest(weight), grid
+        hold(matrix, *found, 2 if self.bits == "ternary" else self.bits)
+        ctx.change(matrix.name, f"{matrix.form()}, {matrix.grouping(self.group)}, {how}")
+
+    def _grid(self, weight: Tensor, matrix: Matrix, importance: Tensor | None, candidates: int = 40) -> Grid:
+        """The grid of a matrix: over its range, then with what is searched."""
+        grid = self._by_range(weight, matrix.group(self.group))
+        if self.method == "hqq":
+            return half_quadratic(weight, grid.stored()).stored()
+        if self.clipping or self.bits in (1, "ternary"):
+            grid = clipped(weight, grid, importance, candidates)
+        return grid.stored()
+
+    def _by_range(self, weight: Tensor, group: int) -> Grid:
+        if self.format == "nf4":
+            return table_by_range(weight, group, NF4)
+        if self.bits == "ternary":
+            return ternary_by_range(weight, group)
+        if self.bits == 1 or (self.symmetric and self.bits == 2):
+            return centred_by_range(weight, group, self.bits)
+        make = symmetric_by_range if self.symmetric else affine_by_range
+        return make(weight, group, self.bits)
+
+    def _gptq(self, weight: Tensor, matrix: Matrix, moments: Moments, ctx: Context) -> tuple[Tensor, Grid]:
+        """Integers and grid by GPTQ, one part of a grouped convolution after the other."""
+        if moments.drift is not None:
+            weight = corrected(weight, moments, self.damping)
+            if matrix.keep is not None:
+                weight = weight * matrix.keep
+        parts = []
+        hessians = moments.mean()
+        size = len(weight) // len(hessians)
+        for place, hessian in enumerate(hessians):
+            cut = slice(place * size, (place + 1) * size)
+            keep = None if matrix.keep is None else matrix.keep[cut]
+            parts.append(self._solve(weight[cut], matrix, hessian, keep, ctx))
+        integers = torch.cat([found for found, _ in parts])
+        grids = [grid for _, grid in parts]
+        zero = grids[0].zero if grids[0].zero.dim() == 0 else torch.cat([grid.zero for grid in grids])
+        scale = torch.cat([grid.scale for grid in grids])
+        return integers, replace(grids[0], scale=scale, zero=zero)
+
+    def _solve(
+        self, weight: Tensor, matrix: Matrix, hessian: Tensor, keep: Tensor | None, ctx: Context
+    ) -> tuple[Tensor, Grid]:
+        """GPTQ of one matrix, with more damping where the Hessian is not positive definite, and to nearest at last."""
+        for damping in (self.damping, 10 * self.damping, max(1.0, self.damping)):
+            firm = damped(hessian, damping)
+            order = activation_order(firm) if self.act_order else torch.arange(len(firm))
+            known = factors(firm[order][:, order])
+            if known is None:
+                continue
+            if damping > self.damping:
+                ctx.warn(f"{matrix.name}: its Hessian is not positive definite; damped by {damping:g}")
+            importance = torch.empty_like(known[1])
+            importance[order] = known[1]
+            grid = self._grid(weight, matrix, importance)
+            found = gptq(weight, grid, firm, order, keep, self.beam, self.refine, known)
+            assert found is not None
+            return found
+        ctx.warn(f"{matrix.name}: its Hessian is not positive definite even when damped; rounded to nearest")
+        grid = self._grid(weight, matrix, None)
+        return grid.nearest(weight), grid
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Moments]:
+    """The moments of these layers over the calibration data, in one pass."""
+    found = {name: Moments() for name in names}
+    layers = {name: model.get_submodule(name) for name in names}
+    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
+        real = real_positions(batch)
+        hooks = {
+            name: (lambda given, _out, name=name, real=real: found[name].add(rows_of(layers[name], given[0], real)))
+            for name in names
+        }
+        observed(_Call(model, ctx), (batch,), {}, {f"model.{name}": hook for name, hook in hooks.items()})
+    return found
+
+
+class _Call(nn.Module):
+    """The model, called as the task calls it."""
+
+    def __init__(self, model: nn.Module, ctx: Context):
+        super().__init__()
+        self.model, self.ctx = model, ctx
+
+    def forward(self, batch: object) -> object:
+        return self.ctx.task.call(self.model, batch)

@@ -1,0 +1,156 @@
+"""Weights of which only the decided integers are kept: what is stored is what was chosen, and only scales train on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.encoding import Affine, Codebook, spread
+from ..core.soft import Link
+
+
+class Held(Link):
+    """A link that holds a weight by itself: the floats that it was made from are dropped as it is put on.
+
+    `forward` ignores its argument, and `right_inverse` leaves an empty parameter in its place. Scales (zero points,
+    tables) are parameters in float32; they count with the precision in which they are stored (float16 unless `half` is
+    False), and gradients pass straight through that.
+    """
+
+    half: bool
+    dtype: str
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight.new_empty(0)
+
+    def _stored(self, part: Tensor) -> Tensor:
+        """A float part as it lies on the disk."""
+        return part.detach().half() if self.half else part.detach()
+
+    def _rounded(self, part: Tensor) -> Tensor:
+        """A float part with the precision in which it is stored, with the gradient of `part` itself."""
+        return part + (self._stored(part).float() - part).detach()
+
+
+class HeldIntegers(Held, kind="integers"):
+    """Hold a weight as `(values - zero) * scale` with fixed integers; scale and zero point (in floats) train on.
+
+    Laid out as `Affine`: `values` has the weight's shape, in int8 or uint8; `scale` and `zero` are scalars, have one
+    entry per index of `axis`, or the shape [channels, groups]. A zero point of integers stays as it is.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(
+        self,
+        values: Tensor | None = None,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        axis: int | None = 0,
+        bits: int = 8,
+        group: int | None = None,
+        half: bool = True,
+        dtype: str = "float32",
+        shapes: list[list[int]] | None = None,
+        kinds: list[str] | None = None,
+    ):
+        super().__init__()
+        self.axis, self.bits, self.group, self.half = axis, bits, group, half
+        self.dtype = dtype
+        if values is None or scale is None or zero is None:
+            values, scale, zero = _blank(shapes or [[0], [], []], kinds or ["uint8", "float32", "uint8"])
+        self.register_buffer("values", values)
+        self.scale = nn.Parameter(scale.detach().float().clone())
+        if zero.is_floating_point():
+            self.zero = nn.Parameter(zero.detach().float().clone())
+        else:
+            self.register_buffer("zero", zero)
+
+    def settings(self) -> dict[str, Any]:
+        parts = (self.values, self.scale, self.zero)
+        return {
+            "axis": self.axis,
+            "bits": self.bits,
+            "group": self.group,
+            "half": self.half,
+            "dtype": self.dtype,
+            "shapes": [list(part.shape) for part in parts],
+            "kinds": [_name(part) for part in parts],
+        }
+
+    def extra_repr(self) -> str:
+        return f"axis={self.axis}, bits={self.bits}, group={self.group}"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        zero = self._rounded(self.zero) if self.zero.is_floating_point() else self.zero.float()
+        floats = self.values.float() - spread(zero, self.values, self.axis, self.group)
+        floats = floats * spread(self._rounded(self.scale), self.values, self.axis, self.group)
+        return floats.to(getattr(torch, self.dtype))
+
+    def encode(self, weight: Tensor) -> Affine:
+        zero = self._stored(self.zero) if self.zero.is_floating_point() else self.zero
+        return Affine(
+            values=self.values,
+            scale=self._stored(self.scale),
+            zero=zero,
+            axis=self.axis,
+            bits=self.bits,
+            group=self.group,
+        )
+
+
+class HeldIndices(Held, kind="indices"):
+    """Hold a weight as `table[indices] * scale` with fixed indices; the table and the scale can be trained.
+
+    Laid out as `Codebook` with single entries: `indices` (uint8) has the weight's shape.
+    """
+
+    indices: Tensor
+    table: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        indices: Tensor | None = None,
+        table: Tensor | None = None,
+        scale: Tensor | None = None,
+        axis: int | None = 0,
+        group: int | None = None,
+        half: bool = True,
+        dtype: str = "float32",
+        shapes: list[list[int]] | None = None,
+    ):
+        super().__init__()
+        self.axis, self.group, self.half = axis, group, half
+        self.dtype = dtype
+        if indices is None or table is None or scale is None:
+            indices, table, scale = _blank(shapes or [[0], [1], []], ["uint8", "float32", "float32"])
+        self.register_buffer("indices", indices)
+        self.table, self.scale = (nn.Parameter(part.detach().float().clone()) for part in (table, scale))
+
+    def settings(self) -> dict[str, Any]:
+        shapes = [list(part.shape) for part in (self.indices, self.table, self.scale)]
+        return {"axis": self.axis, "group": self.group, "half": self.half, "dtype": self.dtype, "shapes": shapes}
+
+    def extra_repr(self) -> str:
+        return f"axis={self.axis}, entries={len(self.table)}, group={self.group}"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        values = self._rounded(self.table)[self.indices.long()]
+        scale = spread(self._rounded(self.scale), self.indices, self.axis, self.group)
+        return (values * scale).to(getattr(torch, self.dtype))
+
+    def encode(self, weight: Tensor) -> Codebook:
+        return Codebook(self.indices, self._stored(self.table), self._stored(self.scale), self.axis, self.group)
+
+
+def _blank(shapes: list[list[int]], kinds: list[str]) -> list[Tensor]:
+    return [torch.ones(shape, dtype=getattr(torch, kind)) for shape, kind in zip(shapes, kinds)]
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
