@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from featherweight.core import registry
 from featherweight.core.context import Context, count_parameters, fingerprint, run_recipe, run_step
 from featherweight.core.data import Arrays
 from featherweight.core.errors import NoEffect, NotFinite
@@ -23,6 +24,7 @@ def task() -> Task:
 @pytest.fixture
 def kinds(monkeypatch) -> dict[str, type[Step]]:
     """Steps of these tests, gone again afterwards."""
+    registry.load("methods")  # once for the whole process: what it finds must not go with these
     monkeypatch.setattr(Step, "kinds", dict(Step.kinds))
 
     class Scale(Step, kind="test.scale"):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from featherweight.core import registry
 from featherweight.core.errors import NotCarried, RecipeError
 from featherweight.core.recipe import Recipe
 from featherweight.core.step import Between, OneOf, Step, Trait, knobs, step
@@ -17,6 +18,7 @@ from featherweight.core.step import Between, OneOf, Step, Trait, knobs, step
 @pytest.fixture(autouse=True)
 def _own_kinds(monkeypatch):
     """Steps of these tests, gone again afterwards."""
+    registry.load("methods")  # once for the whole process: what it finds must not go with these
     monkeypatch.setattr(Step, "kinds", dict(Step.kinds))
 
     class Slim(Step, kind="test.slim"):
