@@ -23,7 +23,7 @@ from .core.target import target as find_target
 from .core.task import Split, Task, find_task
 from .model import skeleton
 from .report.build import build as build_report
-from .report.diagnosis import build_page
+from .report.build import build_diagnosis
 from .search import pipeline
 from .search.diagnose import diagnose as examine
 from .search.diagnose import parse_method
@@ -201,7 +201,7 @@ def diagnose(
     with fresh(Path(out)) as folder:
         found = examine(task, recipe, split, inputs, max_drop, seed, progress)
         write_json(folder / "diagnosis.json", found.model_dump(mode="json"))
-        build_page(found, folder / "diagnosis.html")
+        build_diagnosis(found, folder / "diagnosis.html")
     return found
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from featherweight.core.diagnosis import Collapse, Diagnosis, LayerPrice
 from featherweight.core.record import LeftAlone
-from featherweight.report.diagnosis import build_page, lines, sentence
+from featherweight.report.build import build_diagnosis
+from featherweight.report.diagnosis import lines, sentence
 
 
 def price(layer: str, drop: float, signal: float | None) -> LayerPrice:
@@ -35,7 +36,7 @@ def diagnosis(**given: object) -> Diagnosis:
 
 
 def test_the_page_holds_every_layer_and_the_line(tmp_path: Path):
-    page = build_page(diagnosis(), tmp_path / "diagnosis.html").read_text(encoding="utf-8")
+    page = build_diagnosis(diagnosis(), tmp_path / "diagnosis.html").read_text(encoding="utf-8")
     for text in ("stem", "head", "skip: [stem]", "30.00\u00a0points", "2.0 dB", "no noise", "stays in floats", "norm"):
         assert text in page
     assert "zoo:&lt;digits&gt;" in page and "<digits>" not in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from small_tasks import conv_task, one_thread, transformer_task  # noqa: F401
 from torch import nn
 
+from featherweight import api
 from featherweight.core.context import Context, run_step
 from featherweight.core.data import Arrays
 from featherweight.core.errors import RecipeError
 from featherweight.core.outputs import difference
 from featherweight.core.recipe import Recipe
+from featherweight.core.run import Budget
 from featherweight.core.step import step
 from featherweight.core.task import Task
 from featherweight.model.parts import Replay, only, parts
@@ -140,6 +143,17 @@ def test_a_collapse_is_named_with_the_layer_where_it_starts():
     found = diagnose(task, Recipe([{"kind": "prune.magnitude", "sparsity": 0.6, "min_keep": 0}]), limit=64)
     assert found.collapse is not None
     assert (found.collapse.how, found.collapse.layer) == ("the same output for every input", "middle")
+
+
+def test_the_search_leaves_out_the_layer_that_no_storage_can_carry(tmp_path: Path):
+    task, name = damaged(3)
+    run = api.compress(task, out=tmp_path / "run", budget=Budget(objective="size", max_drop=5.0), trials=6).run
+    assert run.diagnosis is not None and run.diagnosis.skip == [name]
+    repaired = [item for item in run.candidates if item.recipe["steps"][-1].get("skip") == [name]]
+    assert repaired and repaired[0].feasible
+    assert not any(item.feasible for item in run.candidates if item.number < repaired[0].number)
+    assert run.feasible
+    assert "Which layers cost most" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_step_without_layers_is_refused():

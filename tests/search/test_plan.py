@@ -42,6 +42,19 @@ def test_a_storage_that_failed_is_not_built_upon() -> None:
     assert second is not None and second.params["encode"] == "none"
 
 
+def test_a_storage_that_loses_too_much_is_tried_without_the_worst_layers_and_then_built_upon() -> None:
+    with registered(Narrow, Heal, Round):
+        stored = [tried(0, "store:tiny.round", 1000, drop=9.0)]
+        again = plan(space(), stored, BAR, skips={"tiny.round": ("stem", "head")})
+        assert again is not None and again.label == "store:tiny.round:skip"
+        assert again.skips == {"tiny.round": ("stem", "head")}
+        recipe = {"steps": [{"kind": "tiny.round", "skip": ["stem", "head"]}]}
+        stored += [tried(1, again.label, 1200, recipe=recipe)]
+        third = plan(space(), stored, BAR, skips=again.skips)
+    assert third is not None and third.label == "take:tiny.narrow:0.5"
+    assert third.params["encode"] == "tiny.round" and dict(third.skips) == dict(again.skips)
+
+
 def test_healing_lasts_as_long_as_the_time_allows_or_the_data_need() -> None:
     with registered(Narrow, Heal, Round):
         stored = [tried(0, "store:tiny.round", 1000)]

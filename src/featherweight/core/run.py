@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .diagnosis import Diagnosis
 from .reading import Reading
 from .record import StepRecord
 
@@ -98,6 +99,7 @@ class Run(BaseModel):
     stages: list[Stage] = []
     layers: list[Layer] = []
     candidates: list[Candidate] = []
+    diagnosis: Diagnosis | None = None
     warnings: list[str] = []
     evidence: dict[str, Any] = {}
     seconds: float = 0.0

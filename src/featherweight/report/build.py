@@ -6,15 +6,17 @@ import base64
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from pydantic import ValidationError
 
+from ..core.diagnosis import Diagnosis
 from ..core.errors import OutputError
 from ..core.files import write_text
 from ..core.run import Run
-from . import text
+from . import diagnosis, text
 from .view import view
 
 LIMIT = 2_000_000  # bytes of the page
@@ -61,16 +63,29 @@ def rebuild(folder: str | Path) -> Path:
     return build(run, Path(folder) / "report.html")
 
 
+def build_diagnosis(found: Diagnosis, path: Path) -> Path:
+    """Write the page of a diagnosis to `path`, whole or not at all, and return `path`. Raises `OutputError` if it
+    cannot be written.
+    """
+    write_text(path, _page("diagnosis.html", diagnosis.view(found)))
+    return path
+
+
 def render(run: Run, folder: str = "artifact") -> str:
     """The page as text; `folder` is where the artifact lies, seen from the page."""
-    script, style = (asset(name) for name in ("report.js", "report.css"))
+    return _page("report.html", view(run, folder))
+
+
+def _page(template: str, values: dict[str, Any]) -> str:
+    """A template laid out with `values`; its script and its style are in it."""
+    script, style = (_asset(name) for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment().get_template("report.html")
-    return template.render(view(run, folder), script=Markup(script), style=Markup(style), script_digest=digest)
+    given = {"script": Markup(script), "style": Markup(style), "script_digest": digest}
+    return _environment().get_template(template).render(values | given)
 
 
 @functools.cache
-def environment() -> Environment:
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(default=True),
@@ -96,5 +111,5 @@ def environment() -> Environment:
     return environment
 
 
-def asset(name: str) -> str:
+def _asset(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8").strip()

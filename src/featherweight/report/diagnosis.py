@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from ..core.diagnosis import Diagnosis, LayerPrice
-from ..core.files import write_text
 from . import layers, text
-from .build import asset, environment
 
 MOST = 300  # rows
 QUIETEST, LOUDEST = 60.0, 0.0  # decibels: the ends of the bars
@@ -98,16 +91,3 @@ def view(found: Diagnosis) -> dict[str, Any]:
             for reason, names in left.items()
         ],
     }
-
-
-def build_page(found: Diagnosis, path: Path) -> Path:
-    """Write the page of a diagnosis to `path`, whole or not at all. Raises `OutputError` if it cannot be written."""
-    script = asset("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = (
-        environment()
-        .get_template("diagnosis.html")
-        .render(view(found), script=Markup(script), style=Markup(asset("report.css")), script_digest=digest)
-    )
-    write_text(path, page)
-    return path

@@ -11,7 +11,7 @@ import yaml
 from ..core.files import value_digest
 from ..core.reading import Reading
 from ..core.run import Candidate, Run
-from . import compare, layers, plot, snippet, stages, text
+from . import compare, diagnosis, layers, plot, snippet, stages, text
 
 MOST_ROWS = 200  # rows of one list of candidates; run.json keeps all
 MOST_NAMES = 200  # names in one list of evidence
@@ -54,6 +54,9 @@ def view(run: Run, folder: str) -> dict[str, Any]:
         "columns": stages.columns(run),
         "lines": stages.lines(run),
         "charts": stages.charts(run),
+        "found": run.diagnosis,
+        "diagnosis": "" if run.diagnosis is None else diagnosis.sentence(run.diagnosis),
+        "prices": [] if run.diagnosis is None else diagnosis.lines(run.diagnosis),
         "layers": layers.lines(run.layers),
         "more_layers": max(0, len(run.layers) - layers.MOST),
         "totals": layers.totals(run.layers),

@@ -6,19 +6,29 @@ import time as clock
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import optuna
+
+from ..core.diagnosis import Diagnosis
 from ..core.errors import FeatherweightError, OutputError
 from ..core.files import disk_message, write_text
+from ..core.recipe import Recipe
 from ..core.run import Budget
+from ..core.step import Step
+from ..model.select import LayerStep
 from .allowance import Allowance
 from .choose import excess, meets, value
 from .clock import Clock
+from .diagnose import diagnose
 from .judge import Judge
 from .output import FAILURES
-from .plan import STORE, plan
+from .plan import SKIPPING, STORE, Skips, best_store, plan
 from .space import Space, space_for
 from .study import Running, Study, Trial
 
+DIAGNOSIS = "diagnosis"  # its name among the study's notes
+EXAMINED = 256  # inputs that a diagnosis looks at
 PATIENCE = 16  # trials in a row that bring no new recipe: the space is exhausted
 
 
@@ -78,12 +88,41 @@ class Search:
             return None
         space, limit = self._space(), self.clock.limit
         proposal = plan(space, trials, self.budget, limit)
-        if self.allowance.limited and not (proposal and proposal.label.startswith(STORE)):
-            space = self._space(self.allowance.epochs() if space.trains else None)
-            proposal = plan(space, trials, self.budget, limit)
+        if not (proposal and proposal.label.startswith(STORE)):
+            if self.allowance.limited:
+                space = self._space(self.allowance.epochs() if space.trains else None)
+            proposal = plan(space, trials, self.budget, limit, self._skips(trials))
         if proposal is None:
             return self.study.ask(space.suggest, limit=limit)
-        return self.study.ask(space.suggest, proposal.params, proposal.label, limit)
+        suggest = partial(_suggested, space, proposal.skips)
+        return self.study.ask(suggest, proposal.params, proposal.label, limit)
+
+    def _skips(self, trials: list[Trial]) -> Skips:
+        """What the best way to store the weights should leave alone, where none meets the bar of the drop: by a
+        diagnosis, made once.
+        """
+        best = best_store([trial for trial in trials if not trial.plan.endswith(SKIPPING)], self.budget)
+        if best is None or best.figures is None or excess(best.figures, self.budget).get("drop", 0.0) <= 0:
+            return {}
+        kind = best.recipe["steps"][-1]["kind"]
+        if not issubclass(Step.kinds[kind], LayerStep):
+            return {}
+        kept = self.study.note(DIAGNOSIS, lambda: self._diagnose(best).model_dump(mode="json"))
+        found = Diagnosis.model_validate(kept)
+        return {found.method["kind"]: tuple(found.skip)} if found.skip else {}
+
+    def _diagnose(self, trial: Trial) -> Diagnosis:
+        job = self.judge.job
+        job.progress.say(
+            f"no way to store the weights meets the bar: which layers of {trial.recipe['steps'][-1]['kind']}?"
+        )
+        recipe = Recipe(trial.recipe["steps"])
+        return diagnose(job.task, recipe, job.split, EXAMINED, self.budget.max_drop, job.seed, job.progress)
+
+    def diagnosis(self) -> Diagnosis | None:
+        """What was found out about the layers, if anything had to be."""
+        kept = self.study.kept(DIAGNOSIS, None)
+        return None if kept is None else Diagnosis.model_validate(kept)
 
     def _space(self, epochs: float | None = None) -> Space:
         job, longest = self.judge.job, self.allowance.longest()
@@ -168,6 +207,15 @@ class Search:
 
 def _failure(running: Running) -> str:
     return f"{FAILURES}/trial-{running.index + 1}.txt"
+
+
+def _suggested(space: Space, skips: Skips, trial: optuna.Trial) -> Recipe:
+    """What `space` suggests, with the layers that its steps leave alone."""
+    recipe = space.suggest(trial)
+    steps = [
+        item.model_copy(update={"skip": skips[item.kind]}) if item.kind in skips else item for item in recipe.steps
+    ]
+    return Recipe(steps)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..core.axis import Axis, Bench
+from ..core.diagnosis import Diagnosis
 from ..core.files import replace_folder, write_json, write_text
 from ..core.metric import Metric
 from ..core.progress import Progress
@@ -42,6 +43,7 @@ class Ending:
     command: str = ""
     nearest: bool = False
     warnings: list[str] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -76,6 +78,7 @@ def finish(recipe: Recipe, end: Ending) -> Run:
         stages=steps,
         layers=layers(job.task.original, model, judge.original, artifact),
         candidates=end.candidates,
+        diagnosis=end.diagnosis,
         warnings=[
             *filter(None, [slower(readings)]),
             *end.warnings,

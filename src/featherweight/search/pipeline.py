@@ -100,7 +100,7 @@ def compress(
         search.run()
         settled = settle(search)
         end = Ending(judge, budget, chosen, settled.candidates, command, settled.nearest, list(search.warnings()))
-        end.started = started - watch.spent
+        end.started, end.diagnosis = started - watch.spent, search.diagnosis()
         run = finish(settled.recipe, end)
         study.keep("limits", [limit, trials])
         return run

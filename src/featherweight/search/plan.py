@@ -4,8 +4,8 @@ away.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..core.run import Budget
 from ..core.step import Between, Place, Step
@@ -14,6 +14,8 @@ from .space import EPOCHS, Params, Space, at, strength, tidy
 from .study import Trial
 
 STORE, TAKE = "store:", "take:"  # what the labels of plans begin with
+SKIPPING = ":skip"  # ends the label of a way to store that leaves out the layers which a diagnosis named
+Skips = Mapping[str, tuple[str, ...]]  # method -> layers that it leaves alone
 TRIES = 5  # per method that takes away
 HEALING = 0.3  # share of the longest training that heals what was taken away, where no time limit says otherwise
 SMALLEST = 0.06  # share of a range below which a bracket is not narrowed further
@@ -21,10 +23,13 @@ SMALLEST = 0.06  # share of a range below which a bracket is not narrowed furthe
 
 @dataclass(frozen=True)
 class Plan:
-    """A trial that is proposed by rule instead of by the sampler: its label in the study, and its parameters."""
+    """A trial that is proposed by rule instead of by the sampler: its label in the study, its parameters, and the
+    layers that its methods leave alone.
+    """
 
     label: str
     params: Params
+    skips: Skips = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,13 @@ class Try:
     met: bool
 
 
-def plan(space: Space, trials: Sequence[Trial], budget: Budget, limit: float | None = None) -> Plan | None:
+def plan(
+    space: Space, trials: Sequence[Trial], budget: Budget, limit: float | None = None, skips: Skips | None = None
+) -> Plan | None:
     """The next trial by rule; None when the rules have nothing left to propose and the sampler takes over.
 
-    Depends on the space, the bar, the time limit and the finished trials alone. What was planned within another
+    Depends on the space, the bar, the time limit, the finished trials and the diagnosis alone (`skips`: ways to store
+    the weights that are to be tried again without these layers). What was planned within another
     `limit` (a resumed run is given more time, say) is planned again, but for storage without training: whether there
     was time to train, and for how long, followed from that limit. Post-training recipes come first. Then each method
     that takes something away is tried together with the best of those, and with healing where there is any; the
@@ -52,13 +60,19 @@ def plan(space: Space, trials: Sequence[Trial], budget: Budget, limit: float | N
     for kind in space.kinds.get(Place.ENCODE, ()):
         if STORE + kind.kind not in seen:
             return Plan(STORE + kind.kind, space.params({Place.ENCODE: kind}))
+    for name, layers in (skips or {}).items():
+        if layers and STORE + name + SKIPPING not in seen:
+            params = space.params({Place.ENCODE: Step.kinds[name]})
+            return Plan(STORE + name + SKIPPING, params, {name: layers})
     taking = [kind for place in (Place.RESHAPE, Place.SPARSIFY) for kind in space.kinds.get(place, ())]
     counts = {kind: len(_tries(kind, current, budget)) for kind in taking}
     for kind in sorted(taking, key=lambda kind: (counts[kind], kind.kind)):
         tries = _tries(kind, current, budget)
         share = next_share(tries, kind.place is Place.SPARSIFY) if strength(kind) or not tries else None
         if share is not None:
-            return Plan(f"{TAKE}{kind.kind}:{share}", _taking(space, kind, share, _best_store(space, trials, budget)))
+            best = best_store(trials, budget)
+            store = None if best is None else Step.kinds[_stored_by(best)]
+            return Plan(f"{TAKE}{kind.kind}:{share}", _taking(space, kind, share, store), _skips(best))
     return None
 
 
@@ -100,13 +114,23 @@ def _tries(kind: type[Step], trials: Sequence[Trial], budget: Budget) -> list[Tr
     return found
 
 
-def _best_store(space: Space, trials: Sequence[Trial], budget: Budget) -> type[Step] | None:
-    """The method of storage whose post-training trial was best; None if none could be done."""
+def best_store(trials: Sequence[Trial], budget: Budget) -> Trial | None:
+    """The best of the post-training trials that only store the weights; None if none could be done."""
     tried = {trial.index: trial for trial in trials if trial.plan.startswith(STORE) and trial.figures is not None}
     if not tried:
         return None
-    best = choose({index: trial.figures for index, trial in tried.items() if trial.figures is not None}, budget)
-    return Step.kinds[tried[best].plan.removeprefix(STORE)]
+    return tried[choose({index: trial.figures for index, trial in tried.items() if trial.figures is not None}, budget)]
+
+
+def _stored_by(trial: Trial) -> str:
+    """The method of a trial that only stores the weights."""
+    return trial.plan.removeprefix(STORE).removesuffix(SKIPPING)
+
+
+def _skips(trial: Trial | None) -> Skips:
+    """The layers that the methods of a trial leave alone."""
+    steps = [] if trial is None else trial.recipe["steps"]
+    return {item["kind"]: tuple(item["skip"]) for item in steps if item.get("skip")}
 
 
 def _taking(space: Space, kind: type[Step], share: float, store: type[Step] | None) -> Params:
