@@ -32,33 +32,33 @@ def code(states: Tensor, window: int) -> Tensor:
 
 
 def windows(symbols: Tensor, bits: int, window: int) -> Tensor:
-    """The state at every step of circular sequences of symbols, [sequences, steps]: the last `window` bits, newest low.
-
-    Sums of powers of two in float32 are exact to 24 bits, so a convolution reads the windows.
-    """
+    """The state at every step of circular sequences of symbols, [sequences, steps]: the last `window` bits, newest low."""
     import torch
 
-    reach = -(-window // bits)
-    rows = symbols.float()
-    rows = torch.cat([rows[:, rows.shape[1] - reach + 1 :], rows], 1)
-    powers = torch.tensor([2.0 ** (bits * (reach - 1 - place)) for place in range(reach)], device=rows.device)
-    states = torch.nn.functional.conv1d(rows[:, None], powers[None, None])[:, 0]
+    reach, steps = -(-window // bits), symbols.shape[1]
+    rows = symbols.int()
+    rows = torch.cat([rows[:, steps - reach + 1 :], rows], 1)
+    states = rows[:, reach - 1 :]
+    for back in range(1, reach):
+        states = states + rows[:, reach - 1 - back : reach - 1 - back + steps] * 2 ** (bits * back)
     return states.long() % 2**window
 
 
 def hadamard(rows: Tensor) -> Tensor:
-    """The orthonormal Walsh-Hadamard transform of the last dimension, a power of two."""
+    """The orthonormal Walsh-Hadamard transform of the last dimension, a power of two.
+
+    It is the Kronecker product of two smaller ones: two products of matrices, few operations in an exported graph.
+    """
     import torch
 
     size = rows.shape[-1]
-    half = 1
-    found = rows
-    while half < size:
-        pairs = found.reshape(*rows.shape[:-1], size // (2 * half), 2, half)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        found = torch.stack([first + second, first - second], -2).reshape(rows.shape)
-        half *= 2
-    return found / size**0.5
+    inner = 2 ** (size.bit_length() // 2)
+    matrix = torch.ones(1, 1, dtype=rows.dtype, device=rows.device)
+    while len(matrix) < inner:
+        upper = torch.cat([matrix, matrix], 1)
+        matrix = torch.cat([upper, torch.cat([matrix, -matrix], 1)])
+    outer = matrix[: size // inner, : size // inner]
+    return (outer @ (rows.reshape(*rows.shape[:-1], -1, inner) @ matrix)).reshape(rows.shape) / size**0.5
 
 
 def rotate(rows: Tensor, signs: Tensor, back: bool = False) -> Tensor:
@@ -113,15 +113,18 @@ class Trellis(Encoding):
         return self.size
 
     def parts(self) -> dict[str, Tensor]:
-        """`symbols` as a stream of bits, `scale`, and one bit per sign of the rotations there are."""
+        """`symbols` as a stream of bits, `scale`, and `signs`, one bit each: those of `left`, then those of `right`."""
+        import torch
+
         found = {"symbols": pack_bits(self.symbols, self.bits), "scale": self.scale}
-        signs = {"left": self.left, "right": self.right}
-        return found | {name: pack_bits(sign, 1) for name, sign in signs.items() if sign is not None}
+        signs = [sign for sign in (self.left, self.right) if sign is not None]
+        return found | {"signs": pack_bits(torch.cat(signs), 1)} if signs else found
 
     def restore(self, parts: dict[str, Tensor]) -> Tensor:
         symbols = unpack_bits(parts["symbols"], self.bits, self.symbols.numel()).reshape(self.symbols.shape)
-        left = None if self.left is None else unpack_bits(parts["left"], 1, self.left.numel())
-        right = None if self.right is None else unpack_bits(parts["right"], 1, self.right.numel())
+        first, second = (0 if sign is None else len(sign) for sign in (self.left, self.right))
+        signs = unpack_bits(parts["signs"], 1, first + second) if first + second else symbols
+        left, right = signs[:first] if first else None, signs[first:] if second else None
         return restored(symbols, parts["scale"].float(), left, right, self.size, self.bits, self.window)
 
 

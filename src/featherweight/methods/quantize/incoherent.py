@@ -11,7 +11,8 @@ from ...core.trellis import Trellis, code, rotate, windows
 from .gptq import damped, factors
 from .viterbi import tail_biting
 
-SHORTEST, LONG = 64, 128  # steps of a sequence: a circular path loses under 5% at 64 and under 1% at 128
+WINDOWS = 10  # that a sequence has at least, if the matrix has: at 2 bits, circular paths so short lose under 5%
+LONG = 128  # steps; longer paths are no better
 
 
 def layout(rows: int, columns: int, bits: int, window: int) -> tuple[int, int] | None:
@@ -20,7 +21,7 @@ def layout(rows: int, columns: int, bits: int, window: int) -> tuple[int, int] |
     Columns are taken one by one, because each makes up for the errors of those before; only where a column is too short
     for a good path, several are taken as one. Long ones are cut into equal sequences, which are searched side by side.
     """
-    together = next(each for each in _divisors(columns) if rows * each >= SHORTEST or each == columns)
+    together = next(each for each in _divisors(columns) if rows * each * bits >= WINDOWS * window or each == columns)
     length = rows * together
     if length * bits < window:
         return None
@@ -61,12 +62,12 @@ def encode(
     damped Hessian is not positive definite.
     """
     matrix = weight.detach().flatten(1).double()
-    moment = torch.stack([damped(each, damping) for each in hessian.double()])
+    moment = _damped(hessian.double(), damping)
     if right is not None:
         matrix, moment = rotate(matrix, _floats(right)), rotated_moment(moment, _floats(right))
     if left is not None:
         matrix = rotate(matrix.mT.contiguous(), _floats(left)).mT.contiguous()
-    found, shape = [factors(each) for each in moment], layout(*matrix.shape, bits, window)
+    found, shape = [factors(each) for each in moment], layout(len(matrix), matrix.shape[1], bits, window)
     if shape is None or any(each is None for each in found):
         return None
     units, costs = (torch.stack([each[place] for each in found if each is not None]) for place in (0, 1))
@@ -84,6 +85,13 @@ def encode(
         scale = fitted
     assert best is not None
     return best[1], best[0] / _loss(matrix, moment)
+
+
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """Each group's Hessian, damped; a group whose inputs are all zero takes a trace of what the others have."""
+    own = torch.stack([damped(each, damping) for each in hessian])
+    trace = 1e-6 * damping * hessian.diagonal(dim1=1, dim2=2).mean()
+    return own + trace * torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
 
 
 def _floats(sign: Tensor) -> Tensor:

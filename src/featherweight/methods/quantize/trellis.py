@@ -16,6 +16,7 @@ from ...core.step import Between, OneOf, Trait
 from ...core.trellis import Trellis, restored
 from ...model.held import Held
 from ...model.select import LayerStep
+from .allocation import allocate, cost
 from .dynamic import called_layers, sharers
 from .fisher import loss_hessians
 from .hessian import OBSERVED, hessians
@@ -78,6 +79,9 @@ class HeldTrellis(Held, kind="trellis"):
 class TrellisQuantization(LayerStep, kind="quantize.trellis"):
     """Store the weights of linear layers and convolutions as paths through a trellis, at 1 to 4 bits per weight.
 
+    `bits` is the mean over all weights: with `allocation` "even" all layers get as many; with "loss", and always where
+    `bits` is no whole number, each gets 1 to 4 so that the loss suffers least.
+
     Every weight reads a window of `window` bits out of a circular stream to which it adds `bits`; the value of a window
     is arithmetic, so there is no table to store. The paths are searched by the Viterbi algorithm, column by column with
     feedback from the second moments of the layer's inputs over the calibration split (damped by `damping`), which are
@@ -90,9 +94,11 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
 
     needs: ClassVar[Trait] = Trait.EDITABLE
     takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
+    makes: ClassVar[frozenset[str]] = frozenset({"trellis1", "trellis2", "trellis3", "trellis4"})
     paper: ClassVar[str] = "arXiv:2406.11235"
 
-    bits: Annotated[Literal[1, 2, 3, 4], OneOf(2, 3, 4)] = 3
+    bits: Annotated[float, Field(ge=1, le=4), OneOf(2.0, 2.5, 3.0, 3.5, 4.0)] = 3.0
+    allocation: Annotated[Literal["even", "loss"], OneOf("even", "loss")] = "even"
     window: Annotated[int, Field(ge=6, le=16)] = 12
     damping: Annotated[float, Field(gt=0, le=1), Between(1e-3, 0.1, log=True)] = 0.01
     weighting: Literal["loss", "inputs"] = "loss"
@@ -100,27 +106,50 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
     rounds: Annotated[int, Field(ge=0, le=10)] = 1
     passes: Annotated[int, Field(ge=1)] = 4
 
+    @classmethod
+    def sample(cls) -> dict[str, Any]:
+        """Settings for small tasks: a short window is searched fast."""
+        return {"bits": 4.0, "window": 8, "passes": 1, "rounds": 0}
+
     def forms(self) -> frozenset[str]:
-        return frozenset({f"trellis{self.bits}"})
+        return self.makes if self._allocated else frozenset({f"trellis{int(self.bits)}"})
+
+    @property
+    def _allocated(self) -> bool:
+        """Whether layers may get different numbers of bits."""
+        return self.allocation == "loss" or not self.bits.is_integer()
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         names = self._possible(model, ctx)
         modules, generator = dict(model.named_modules()), ctx.generator(self.kind)
+        bits = self._bits(model, names, ctx)
         for some in _in_passes(names, modules, self.passes):
             collect = loss_hessians if self.weighting == "loss" else hessians
             found = collect(model, some, ctx)
             for name in ctx.progress.track(some, "searching paths", len(some)):
-                self._code(name, modules[name], found.pop(name), generator, ctx)
+                self._code(name, modules[name], bits[name], found.pop(name), generator, ctx)
         return model
+
+    def _bits(self, model: nn.Module, names: list[str], ctx: Context) -> dict[str, int]:
+        """The bits of each layer: all alike, or by what each layer's distortion costs the loss."""
+        if not self._allocated:
+            return dict.fromkeys(names, int(self.bits))
+        modules = dict(model.named_modules())
+        weights = {name: _weight(modules[name]).detach() for name in names}
+        costs: dict[str, float] = {}
+        for some in _in_passes(names, modules, 1):
+            for name, hessian in loss_hessians(model, some, ctx).items():
+                costs[name] = cost(weights[name], hessian, self.damping)
+        return allocate(costs, {name: weight.numel() for name, weight in weights.items()}, self.bits)
 
     def _possible(self, model: nn.Module, ctx: Context) -> list[str]:
         """The layers that can be coded; for every other, the reason is recorded."""
         called, found = called_layers(model, ctx), []
         for name, layer in self.layers(model, ctx, OBSERVED):
-            reason = obstacle(layer, self.bits, self.window)
+            reason = obstacle(layer, int(self.bits), self.window)
             if name not in called:
                 reason = "its forward is never called: the module around it reads its weight"
-            elif others := sharers(model, layer.weight, name):  # type: ignore[arg-type]
+            elif others := sharers(model, _weight(layer), name):
                 reason = f"shares its weight with {others[0]}, which keeps floats: coded, it would be stored twice"
             if reason:
                 ctx.leave(name, reason)
@@ -130,13 +159,15 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
             ctx.warn(f"{self.kind}: {name} was pruned; its zeros become small numbers")
         return found
 
-    def _code(self, name: str, layer: nn.Module, hessian: Tensor, generator: torch.Generator, ctx: Context) -> None:
+    def _code(
+        self, name: str, layer: nn.Module, bits: int, hessian: Tensor, generator: torch.Generator, ctx: Context
+    ) -> None:
         """Put the code of its weight on one layer."""
-        weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr]
+        weight = _weight(layer).detach()
         rows, columns = weight.shape[0], weight[0].numel()
         right = signs(columns, generator) if self.rotate else None
         left = signs(rows, generator) if self.rotate and len(hessian) == 1 else None
-        found = encode(weight.cpu(), hessian.cpu(), self.bits, self.window, self.damping, left, right, self.rounds)
+        found = encode(weight.cpu(), hessian.cpu(), bits, self.window, self.damping, left, right, self.rounds)
         if found is None:
             ctx.leave(name, f"its Hessian is not positive definite at damping={self.damping}; raise it")
             return
@@ -148,10 +179,10 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
 
 def obstacle(layer: nn.Module, bits: int, window: int) -> str:
     """Why the weight of a layer cannot be coded; empty if it can."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr]
+    weight = _weight(layer).detach()
     kind = parametrize.type_before_parametrizations(layer)
     if kind not in OBSERVED:
-        return f"is a {kind.__name__}, which may compute otherwise than {kind.__base__.__name__}"
+        return f"is a {kind.__name__}, which may compute otherwise than the layers of torch.nn"
     if layout(weight.shape[0], weight[0].numel(), bits, window) is None:
         return f"has fewer bits than a window of {window}"
     if not weight.any():
@@ -180,5 +211,9 @@ def _in_passes(names: list[str], modules: dict[str, nn.Module], passes: int) -> 
 
 
 def _hessian_bytes(layer: nn.Module) -> int:
-    inputs = layer.weight[0].numel()  # type: ignore[union-attr,operator,index]
-    return 4 * getattr(layer, "groups", 1) * inputs**2
+    return 4 * int(getattr(layer, "groups", 1)) * _weight(layer)[0].numel() ** 2
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer, OBSERVED)
+    return layer.weight

@@ -9,11 +9,10 @@ HELD = 2**24  # costs that are held at once, if one sequence has no more
 
 
 def tail_biting(target: Tensor, table: Tensor, bits: int, weight: Tensor | None = None) -> Tensor:
-    """Symbols of circular paths close to `target` in weighted squared error, [steps, sequences] like `target`.
+    """Symbols of circular paths close to `target` in weighted squared error, [steps, sequences] like `target`; uint8.
 
-    The states of a first, open path in the middle of the sequence, turned by half its length, give the states at which
-    the second one must begin and end: Tseng et al., arXiv:2406.11235, algorithm 4. Needs more steps than a window
-    has symbols. uint8.
+    A first, open path over the sequence turned by half its length gives the state in which the second must begin and
+    end: Tseng et al., arXiv:2406.11235, algorithm 4. Raises `ValueError` if the sequences are shorter than a window.
     """
     states, steps = len(table), len(target)
     if bits * steps < states.bit_length() - 1:
@@ -25,8 +24,7 @@ def tail_biting(target: Tensor, table: Tensor, bits: int, weight: Tensor | None 
         cost = None if weight is None else weight[:, place : place + width]
         half = steps // 2
         turned = None if cost is None else cost.roll(-half, 0)
-        path = viterbi(part.roll(-half, 0), table, bits, turned)
-        joint = path[steps - half - 1] % (states >> bits)
+        joint = viterbi(part.roll(-half, 0), table, bits, turned)[steps - half - 1] % (states >> bits)
         found.append(viterbi(part, table, bits, cost, joint) % 2**bits)
     return torch.cat(found, 1).to(torch.uint8)
 
