@@ -91,6 +91,19 @@ def test_one_layer_alone_is_the_method_on_that_layer(make: Any, kind: str):
     assert set(owned) <= set(record.changed)
 
 
+def test_weights_that_were_dropped_come_from_the_model_before():
+    task = transformer_task()
+    found = diagnose(task, Recipe([{"kind": "quantize.weights", "bits": 3, "group": 8, "method": "rtn"}]), limit=64)
+    assert {"attend.query", "wide", "narrow", "head"} <= {price.layer for price in found.layers}
+    context = Context(task, device=torch.device("cpu"))
+    alone, _ = run_step(step("quantize.weights", bits=3, group=8, method="rtn", only="wide"), task.fresh(), context)
+    with torch.no_grad():
+        want, got = task.original(**task.example), alone(**task.example)
+    noise = 10 * torch.log10((want**2).sum() / ((want - got) ** 2).sum())
+    measured = next(price.signal_db for price in found.layers if price.layer == "wide")
+    assert measured == pytest.approx(float(noise), abs=6), "of two inputs, of 64 inputs"
+
+
 def test_parts_are_on_again_afterwards():
     task = conv_task()
     model, _ = run_step(step("quantize.static"), task.fresh(), Context(task, device=torch.device("cpu")))

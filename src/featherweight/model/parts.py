@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from featherweight.core.soft import chains
 
+from .held import Held
 from .port import DynamicPort, Port
 
 Parts = dict[str, list[nn.Module]]
@@ -62,10 +63,27 @@ def _is_port(model: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), PORTS)
 
 
+Instead = Mapping[nn.Module, Tensor]
+
+
+def weights_before(model: nn.Module, before: nn.Module) -> Instead:
+    """For each link of `model` that no longer holds the weight it was put on, that weight, from the model `before`."""
+    found: dict[nn.Module, Tensor] = {}
+    modules = dict(before.named_modules())
+    for name, _, attribute, links in chains(model):
+        owner = modules.get(name.rpartition(".")[0])
+        for link in links:
+            if isinstance(link, Held) and isinstance(weight := getattr(owner, attribute, None), Tensor):
+                found[link] = weight.detach()
+    return found
+
+
 @contextmanager
-def bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within this block each of these modules gives back its input."""
-    handles = [module.register_forward_hook(lambda _module, given, _out: given[0]) for module in modules]
+def bypassed(modules: Iterable[nn.Module], instead: Instead) -> Iterator[None]:
+    """Within this block each of these modules gives back its input, or what stands in `instead`."""
+    handles = [
+        module.register_forward_hook(lambda module, given, _out: instead.get(module, given[0])) for module in modules
+    ]
     try:
         yield
     finally:
@@ -74,12 +92,15 @@ def bypassed(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def only(owned: Parts, layers: Iterable[str], model: nn.Module) -> Iterator[None]:
-    """Within this block the parts of `layers` are on, and every other part of `model` (its other ports too) is off."""
+def only(owned: Parts, layers: Iterable[str], model: nn.Module, instead: Instead | None = None) -> Iterator[None]:
+    """Within this block the parts of `layers` are on, and every other part of `model` (its other ports too) is off.
+
+    A link that has dropped the weight it was put on gives what stands in `instead` (see `weights_before`).
+    """
     on = {module for layer in layers for module in owned[layer]}
     every = [module for modules in parts(model).values() for module in modules]
     every += [module for module in model.modules() if isinstance(module, PORTS)]
-    with bypassed(dict.fromkeys(module for module in every if module not in on)):
+    with bypassed(dict.fromkeys(module for module in every if module not in on), instead or {}):
         yield
 
 
@@ -97,8 +118,8 @@ class Replay:
     inputs in the order of the graph.
     """
 
-    def __init__(self, model: nn.Module, owned: Parts):
-        self.model, self.owned = model, owned
+    def __init__(self, model: nn.Module, owned: Parts, instead: Instead | None = None):
+        self.model, self.owned, self.instead = model, owned, instead or {}
         self.known: dict[fx.Node, Any] = {}
         self.inputs: dict[str, Tensor] = {}
 
@@ -106,7 +127,7 @@ class Replay:
     def start(self, inputs: dict[str, Tensor]) -> Any:
         """The output with every part off."""
         self.inputs = inputs
-        with only(self.owned, (), self.model):
+        with only(self.owned, (), self.model, self.instead):
             if not isinstance(self.model, fx.GraphModule):
                 return self.model(**inputs)
             values = _Values(self.model)
@@ -118,7 +139,7 @@ class Replay:
     def run(self, layers: Iterable[str]) -> Any:
         """The output on the same batch with the parts of `layers` on."""
         layers = list(layers)
-        with only(self.owned, layers, self.model):
+        with only(self.owned, layers, self.model, self.instead):
             if not isinstance(self.model, fx.GraphModule):
                 return self.model(**self.inputs)
             moved = self._followers(layers)

@@ -25,7 +25,7 @@ from ..core.record import LeftAlone
 from ..core.soft import copied
 from ..core.step import Step
 from ..core.task import Split, Task
-from ..model.parts import Parts, Replay, layer_outputs, only, parts
+from ..model.parts import Parts, Replay, layer_outputs, only, parts, weights_before
 from ..model.select import LayerStep
 
 LIMIT = 512  # inputs of the split that are looked at
@@ -62,6 +62,7 @@ class Variants:
     def __init__(self, ctx: Context, item: Step, model: nn.Module):
         self.ctx, self.item, self.model = ctx, item, model
         self.changed, self.record = run_step(item, copied(model), ctx, finite=False)
+        self.instead = weights_before(self.changed, model)
         self.owned = self._switchable()
         self.layers = list(self.owned) if self.owned else list(self.record.changed)
         self.built: dict[tuple[str, ...], nn.Module] = {}
@@ -72,7 +73,7 @@ class Variants:
         found = {layer: owned for layer, owned in parts(self.changed).items() if layer in self.record.changed}
         if found:
             example = self.ctx.example
-            with torch.no_grad(), only(found, (), self.changed):
+            with torch.no_grad(), only(found, (), self.changed, self.instead):
                 if difference(self.model.to(self.ctx.device)(**example), self.changed(**example)):
                     return {}
         return found
@@ -93,7 +94,7 @@ class Variants:
     def runner(self) -> Callable[[dict[str, torch.Tensor], Sequence[str] | None], object]:
         """A function of inputs and layers (None: no layer) that gives the output with these layers compressed."""
         if self.owned:
-            replay = Replay(self.changed, self.owned)
+            replay = Replay(self.changed, self.owned, self.instead)
             return lambda inputs, layers: replay.start(inputs) if layers is None else replay.run(layers)
         return self._run_built
 
@@ -328,7 +329,7 @@ def _at_chance(task: Task, base: Outcome, whole: Outcome, batch: Batch, output: 
 def _start(variants: Variants, inputs: dict[str, torch.Tensor]) -> tuple[str, str]:
     """The first layer, in the order of computing, whose output is lost, and the sign of it; else the noisiest one."""
     if variants.owned:
-        with only(variants.owned, (), variants.changed):
+        with only(variants.owned, (), variants.changed, variants.instead):
             wanted = layer_outputs(variants.changed, inputs, variants.layers)
         found = layer_outputs(variants.changed, inputs, variants.layers)
     else:
