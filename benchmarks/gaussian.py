@@ -81,9 +81,9 @@ CODES = {
     "Lloyd-Max": (lloyd_max, 0),
     "trellis, window 12, random table": (lambda bits: trellis(random_table(12), bits), 2**13),
     "trellis, window 12, 1MAD": (lambda bits: trellis(sum_of_bytes(12), bits), 0),
+    "trellis, window 8, ours": (lambda bits: trellis(code(torch.arange(2**8), 8), bits), 0),
     "trellis, window 10, ours": (lambda bits: trellis(code(torch.arange(2**10), 10), bits), 0),
     "trellis, window 12, ours (default)": (lambda bits: trellis(code(torch.arange(2**12), 12), bits), 0),
-    "trellis, window 14, ours": (lambda bits: trellis(code(torch.arange(2**14), 14), bits), 0),
 }
 
 

@@ -233,4 +233,5 @@ def test_embeddings_that_the_head_shares_are_left_alone():
     task = Task(name="tied", model=Tied(), train=split, validate=split, test=split)
     model, record = run_step(step("quantize.trellis", window=6), task.fresh(), Context(task, device=CPU))
     assert set(encodings(model)) == {"inner.weight"}
-    assert [left.reason for left in record.left if left.layer == "head"][0].startswith("shares its weight with embed")
+    reason = next(left.reason for left in record.left if left.layer == "head")
+    assert reason.startswith("shares its weight with embed")

@@ -32,7 +32,10 @@ def code(states: Tensor, window: int) -> Tensor:
 
 
 def windows(symbols: Tensor, bits: int, window: int) -> Tensor:
-    """The state at every step of circular sequences of symbols, [sequences, steps]: the last `window` bits, newest low."""
+    """The state at every step of circular sequences of symbols: the last `window` bits, the newest lowest.
+
+    Both are [sequences, steps].
+    """
     import torch
 
     reach, steps = -(-window // bits), symbols.shape[1]
