@@ -14,7 +14,7 @@ from torch import nn
 
 from featherweight.core import registry
 from featherweight.core.encoding import Affine
-from featherweight.core.errors import ArtifactError, NotCarried, TaskError
+from featherweight.core.errors import ArtifactError, TaskError
 from featherweight.core.files import file_digest
 from featherweight.core.outputs import as_arrays
 from featherweight.core.soft import encodings, fold
@@ -173,14 +173,6 @@ def test_a_damaged_file_is_one_clear_error(exported: Callable[[str], Exported], 
             read(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-def test_a_form_that_is_not_carried_is_refused(name: str, tmp_path: Path) -> None:
-    case = CASES["convolutions"]()
-    keep_as(case.model.down, "weight", bits=7)
-    with pytest.raises(NotCarried, match=rf"'down.weight' is stored as int7, which the target {name} does not carry"):
-        target(name).export(case.model, case.inputs(2), tmp_path / "out", case.free)
-    assert list(tmp_path.iterdir()) == []
 
 
 class Unreadable(nn.Module):

@@ -13,6 +13,7 @@ from featherweight.core import registry
 from featherweight.core.errors import NotCarried, RecipeError
 from featherweight.core.recipe import Recipe
 from featherweight.core.step import Between, OneOf, Step, Trait, knobs, step
+from featherweight.core.target import Target
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,7 @@ class Carrier:
     """Stands for a target: all that `check` reads of one."""
 
     name, carries = "shelf", frozenset({"int8"})
+    refuses = classmethod(Target.refuses.__func__)
 
 
 def parse(text: str) -> Recipe:

@@ -11,6 +11,8 @@ from .packing import pack_bits, unpack_bits
 if TYPE_CHECKING:
     from torch import Tensor
 
+WITH_ZEROS = frozenset({"sparse", "2:4"})  # forms of weights with zeros; they have no parts
+
 
 @dataclass(frozen=True)
 class Encoding:

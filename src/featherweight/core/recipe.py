@@ -83,7 +83,7 @@ class Recipe:
                 taken[trait] = place
             have &= ~type(item).takes
             if target is not None:
-                for form in sorted(item.forms() - target.carries):
+                for form in target.refuses(item.forms()):
                     raise NotCarried(
                         f"step {place} ({item.kind}) stores weights as {form}, which the target {target.name} "
                         f"does not carry; it carries: {', '.join(sorted(target.carries)) or 'plain floats only'}"

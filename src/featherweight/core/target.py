@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
-from .encoding import Encoding, Sparse
+from .encoding import WITH_ZEROS, Encoding, Sparse
 from .errors import ArtifactError, MissingExtra, NotCarried, NotFinite, RecipeError
 from .files import file_digest, folder_size, recover_folder, whole_folder, write_json
 from .outputs import Layout, named_outputs, rebuild
@@ -23,6 +23,9 @@ if (
     TYPE_CHECKING
 ):  # a process that only runs an artifact must not carry torch: what it weighs there is what a user will see
     from torch import Tensor, nn
+
+
+PACKED = "packed"  # in `carries`: every form whose encoding says what lies on the disk and restores itself from it
 
 
 class Work(BaseModel):
@@ -138,13 +141,23 @@ class Runner:
         self.session, self.manifest = session, manifest
 
     def prepare(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
-        """The inputs by name, as contiguous arrays of the artifact's types."""
-        named = {**dict(zip((item.name for item in self.manifest.inputs), args)), **kwargs}
-        return {
-            item.name: np.ascontiguousarray(named[item.name], dtype=item.dtype)
-            for item in self.manifest.inputs
-            if item.name in named
+        """The inputs by name, as contiguous arrays of the artifact's types.
+
+        Raises `ArtifactError` if one is missing, unknown, or given twice.
+        """
+        expected = [item.name for item in self.manifest.inputs]
+        positional = dict(zip(expected, args))
+        faults = {
+            "missing": [name for name in expected if name not in positional and name not in kwargs],
+            "unknown": sorted(set(kwargs) - set(expected)),
+            "given twice": sorted(set(kwargs) & set(positional)),
+            "too many": [f"{len(args)} by position"] if len(args) > len(expected) else [],
         }
+        if any(faults.values()):
+            what = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
+            raise ArtifactError(f"the artifact takes the inputs {', '.join(expected)}; {what}")
+        named = {**positional, **kwargs}
+        return {item.name: np.ascontiguousarray(named[item.name], dtype=item.dtype) for item in self.manifest.inputs}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return rebuild(
@@ -172,6 +185,12 @@ class Target(BaseModel, ABC):
         if name:
             cls.name = name
             Target.kinds[name] = cls
+
+    @classmethod
+    def refuses(cls, forms: Iterable[str]) -> list[str]:
+        """Those of these forms of weights that this target cannot store."""
+        packed = PACKED in cls.carries
+        return sorted(form for form in forms if form not in cls.carries and (form in WITH_ZEROS or not packed))
 
     @abstractmethod
     def write(
@@ -222,30 +241,27 @@ class Target(BaseModel, ABC):
     ) -> Artifact:
         """Write, load, run, compare, read back: an artifact that was never run does not leave this function.
 
-        `example` holds at least two real inputs by name; it is run at batch 1 and at its full batch. The outputs must
-        be
-        within `bound` (relative root mean square; default 1e-3 for floats, 0.1 where integers compute) of the torch
-        model's. Raises `NotCarried` for a form that this target does not carry, `ArtifactError` if what was written
-        is not
-        what was asked for or does not agree.
+        `example` holds real inputs by name; it is run at batch 1 and at its full batch (a single one is given twice).
+        The outputs must be within `bound` (relative root mean square; default 1e-3 for floats, 0.1 where integers
+        compute) of the torch model's. Raises `NotCarried` for a form that this target does not carry, `ArtifactError`
+        if what was written is not what was asked for or does not agree.
         """
         from .soft import encodings, fold
 
         free = {name: {0: "batch"} for name in example} if free is None else free
         asked = encodings(model)
         dense = sorted(
-            name
-            for name, encoding in asked.items()
-            if isinstance(encoding, Sparse) and encoding.form not in self.carries
+            name for name, encoding in asked.items() if isinstance(encoding, Sparse) and self.refuses([encoding.form])
         )
         stored = {name: encoding for name, encoding in asked.items() if name not in dense}
         for name, encoding in stored.items():
-            if encoding.form not in self.carries:
+            if self.refuses([encoding.form]):
                 raise NotCarried(
-                    f"the weight {name!r} is stored as {encoding.form}, which the target {self.name} does not carry"
+                    f"the weight {name!r} is stored as {encoding.form}, which the target {self.name} does not carry; "
+                    f"it carries: {', '.join(sorted(self.carries)) or 'plain floats only'}"
                 )
         plain = fold(model).cpu().eval()
-        example = {name: tensor.detach().cpu() for name, tensor in example.items()}
+        example = _two_inputs({name: tensor.detach().cpu() for name, tensor in example.items()}, free)
         if bound is None:
             bound = 0.1 if stored else 1e-3
         with whole_folder(Path(folder)) as temporary:
@@ -325,6 +341,16 @@ class Target(BaseModel, ABC):
                 f"more than {bound:.2g}"
             )
         return layout, list(named), Agreement(batches=sorted({1, size}), max_abs=worst, relative=relative, bound=bound)
+
+
+def _two_inputs(example: dict[str, Tensor], free: dict[str, dict[int, str]]) -> dict[str, Tensor]:
+    """The example with a batch of at least two: at one alone, a size that the export has fixed would not be seen."""
+    import torch
+
+    return {
+        name: torch.cat([tensor, tensor]) if 0 in free.get(name, {}) and len(tensor) == 1 else tensor
+        for name, tensor in example.items()
+    }
 
 
 def target(name: str, **settings: Any) -> Target:

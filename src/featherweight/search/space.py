@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 
 from ..core import registry
+from ..core.encoding import WITH_ZEROS
 from ..core.recipe import Recipe
 from ..core.step import Between, OneOf, Place, Step, knobs, step
 from ..core.target import Target
@@ -20,7 +21,6 @@ from ..core.task import Task
 NONE, EPOCHS = "none", "epochs"
 ALONE = "_alone"  # ends the name of the parameter for a place where there must be a step
 LEAST_EPOCHS = 0.1  # training for less is not worth starting
-SPARSE_FORMS = frozenset({"sparse", "2:4"})
 
 Params = dict[str, Any]
 
@@ -129,9 +129,9 @@ def space_for(
 def _unusable(kind: type[Step], task: Task, target: Target, epochs: float | None) -> str:
     if any(field.is_required() and name not in knobs(kind) for name, field in kind.model_fields.items()):
         return "it has a setting without a default that the search does not know how to choose"
-    if missing := sorted(kind.makes - target.carries):
+    if missing := target.refuses(kind.makes):
         return f"the target {target.name} does not carry {', '.join(missing)}"
-    if kind.place is Place.SPARSIFY and not (SPARSE_FORMS & target.carries):
+    if kind.place is Place.SPARSIFY and not (WITH_ZEROS & target.carries):
         return f"the target {target.name} stores zeros as plain numbers, so they make nothing smaller or faster"
     if kind.trains and not task.has("train"):
         return f"task {task.name} has no training data"

@@ -7,25 +7,28 @@ import json
 import math
 import re
 import zipfile
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from featherweight.core.encoding import Affine, Encoding, spread
-from featherweight.core.errors import ArtifactError, NotCarried, OutputError
-from featherweight.core.target import Session, Target, Work
+from featherweight.core.encoding import Encoding
+from featherweight.core.errors import ArtifactError, OutputError
+from featherweight.core.storage import Packed
+from featherweight.core.target import PACKED, Session, Target, Work
 
 if TYPE_CHECKING:  # not at run time: asking which targets there are must not load torch
     import torch
     from torch import Tensor, fx, nn
 
-SCALE, ZERO = "__scale", "__zero"  # ends of the names of what belongs to a stored weight
+PART = "__"  # "weight__scale" is a part of the stored weight "weight", whose first part bears its name
+NOTES = "stored.json"  # what the stored weights are, by name
 # All that a file of ours holds. Compiled libraries, custom objects and legacy weights, which torch would load or
 # unpickle, are not in it.
 ENTRIES = re.compile(
     r"[^/]+/(models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
-    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|extra/stored\.json"
     r"|data/sample_inputs/model\.pt|archive_format|archive_version|byteorder|\.data/\w+)"
 )
 
@@ -38,7 +41,7 @@ class Torch(Target, name="torch"):
     """
 
     file: ClassVar[str] = "model.pt2"
-    carries: ClassVar[frozenset[str]] = frozenset({"int8", "uint8"})
+    carries: ClassVar[frozenset[str]] = frozenset({"int8", "uint8", PACKED})
     packages: ClassVar[tuple[str, ...]] = ("torch",)
 
     def write(
@@ -60,7 +63,8 @@ class Torch(Target, name="torch"):
             for note in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
                 node.meta.pop(note, None)
         try:
-            torch.export.save(program, path)
+            notes = {name: str(Packed.of(encoding)) for name, encoding in stored.items()}
+            torch.export.save(program, path, extra_files={NOTES: json.dumps(notes)})
         except (OSError, RuntimeError) as error:
             raise OutputError(
                 f"cannot write {path}: {_brief(error)}; free some space or choose another folder"
@@ -71,7 +75,7 @@ class Torch(Target, name="torch"):
 
         from featherweight.core.outputs import as_arrays
 
-        module = read(path).module(check_guards=False)
+        module = read(path)[0].module(check_guards=False)
 
         def run(**inputs: np.ndarray) -> list[np.ndarray]:
             before = torch.get_num_threads()
@@ -87,27 +91,30 @@ class Torch(Target, name="torch"):
         return run
 
     def stored(self, path: Path) -> dict[str, str]:
-        return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in sorted(weights(read(path)).items())}
+        return {name: held.form for name, held in sorted(weights(*read(path)).items())}
 
     def work(self, path: Path, example: dict[str, np.ndarray]) -> Work:
-        program = read(path)
+        program, notes = read(path)
         tensors = {
             **program.state_dict,
             **{name: value for name, value in program.constants.items() if hasattr(value, "element_size")},
         }
         return Work(
-            parameters=sum(tensor.numel() for tensor in weights(program).values()),
+            parameters=sum(held.entries for held in weights(program, notes).values()),
             macs=multiply_accumulates(program, example),
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
         )
 
 
 def store(module: fx.GraphModule, stored: dict[str, Encoding]) -> fx.GraphModule:
-    """Hold each weight named in `stored` as integers under its own name, and compute the floats in the graph; changes
-    `module`.
+    """Hold the parts of each weight named in `stored`, the first under its own name, and compute the floats from them
+    in the graph; changes `module`.
 
     Raises `ArtifactError` if the graph does not read such a weight.
     """
+    from featherweight.model.restore import signature
+
+    graphs: dict[Hashable, fx.GraphModule] = {}
     for name, encoding in stored.items():
         nodes = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == name]
         if not nodes:
@@ -115,46 +122,80 @@ def store(module: fx.GraphModule, stored: dict[str, Encoding]) -> fx.GraphModule
                 f"the captured model does not read the weight {name!r}, which is to be stored as {encoding.form}; "
                 "is that layer used?"
             )
-        if not isinstance(encoding, Affine):
-            raise NotCarried(f"the weight {name!r} is stored as {encoding.form}, which the target torch does not carry")
-        _hold(module, name, encoding)
-        for node in nodes:
-            _decode(module.graph, node, name, encoding)
+        parts = _hold(module, name, encoding)
+        kind = signature(encoding)
+        if kind not in graphs:
+            graphs[kind] = _restoring(encoding)
+        _restore(module, nodes, parts, graphs[kind])
     module.recompile()
     return module
 
 
-def _hold(module: nn.Module, name: str, encoding: Affine) -> None:
+def _hold(module: nn.Module, name: str, encoding: Encoding) -> list[str]:
+    """Put the parts of `encoding` in place of a weight; gives their names."""
+    from featherweight.model.restore import parts_of
+
     prefix, _, last = name.rpartition(".")
     owner = module.get_submodule(prefix)
     delattr(owner, last)
-    owner.register_buffer(last, encoding.values.cpu())
-    owner.register_buffer(last + SCALE, spread(encoding.scale.cpu(), encoding.values, encoding.axis))
-    owner.register_buffer(last + ZERO, spread(encoding.zero.cpu(), encoding.values, encoding.axis))
+    ends: list[str] = []
+    for part, tensor in parts_of(encoding).items():
+        ends.append(PART + part if ends else "")
+        owner.register_buffer(last + ends[-1], tensor)
+    return [name + end for end in ends]
 
 
-def _decode(graph: fx.Graph, node: fx.Node, name: str, encoding: Affine) -> None:
-    """`(values - zero) * scale`, in floats, in place of `node`."""
+def _restoring(encoding: Encoding) -> fx.GraphModule:
+    """The operations that restore a weight: placeholders are its parts."""
     import torch
 
-    aten = torch.ops.aten
-    with graph.inserting_before(node):
-        values, scale, zero = (graph.get_attr(name + end) for end in ("", SCALE, ZERO))
-        floats, offset = (graph.call_function(aten.to.dtype, (value, torch.float32)) for value in (values, zero))
-        result = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.sub.Tensor, (floats, offset)), scale))
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+    from featherweight.model.restore import capture_restore
+
+    module = capture_restore([encoding]).module(check_guards=False)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    return module
 
 
-def weights(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
-    """The weights of a program by name, in the form in which they are stored."""
-    parameters, held = {name for name, _ in program.named_parameters()}, program.state_dict
-    return {name: tensor for name, tensor in held.items() if name in parameters or name + SCALE in held}
+def _restore(module: fx.GraphModule, nodes: list[fx.Node], parts: list[str], restoring: fx.GraphModule) -> None:
+    """Compute the weight from its parts, in front of the first of `nodes` (which read it) and in place of them all."""
+    names, copies = iter(parts), {}
+    with module.graph.inserting_before(nodes[0]):
+        for old in restoring.graph.nodes:
+            if old.op == "placeholder":
+                copies[old] = module.graph.get_attr(next(names))
+            elif old.op == "get_attr":
+                copies[old] = _constant(module, restoring.get_buffer(str(old.target)))
+            elif old.op == "call_function":
+                copies[old] = module.graph.node_copy(old, copies.__getitem__)
+            elif old.op == "output":
+                (result,) = old.all_input_nodes
+    for node in nodes:
+        node.replace_all_uses_with(copies[result])
+        module.graph.erase_node(node)
 
 
-def read(path: Path) -> torch.export.ExportedProgram:
-    """The program in the file; raises `ArtifactError` if it is damaged, or holds anything that would have to be
-    unpickled freely.
+def _constant(module: fx.GraphModule, tensor: Tensor) -> fx.Node:
+    name = f"constant{PART}{sum(1 for _ in module.buffers())}"
+    module.register_buffer(name, tensor)
+    return module.graph.get_attr(name)
+
+
+def weights(program: torch.export.ExportedProgram, notes: dict[str, str]) -> dict[str, Packed]:
+    """The weights of a program by name: what is noted of each where its bytes bear that out, else what it is itself."""
+    parameters, found = {name for name, _ in program.named_parameters()}, {}
+    for name, tensor in program.state_dict.items():
+        if name in parameters or name in notes:
+            plain = Packed(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            found[name] = Packed.read(notes.get(name, ""), tensor.numel() * tensor.element_size()) or plain
+    return found
+
+
+def read(path: Path) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """The program in the file, and what it notes of its weights.
+
+    Raises `ArtifactError` if the file is damaged, or holds anything that would have to be unpickled freely.
     """
     import torch
 
@@ -162,7 +203,9 @@ def read(path: Path) -> torch.export.ExportedProgram:
 
     try:
         _refuse_pickles(path)
-        return torch.export.load(path)
+        extra = {NOTES: ""}
+        program = torch.export.load(path, extra_files=extra)
+        return program, json.loads(extra[NOTES])
     except ArtifactError:
         raise
     except Exception as error:  # torch raises errors of many kinds here, down to AssertionError and KeyError

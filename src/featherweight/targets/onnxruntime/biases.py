@@ -45,6 +45,12 @@ def plain_product(node: ir.Node) -> bool:
     return node.op_type != "Gemm" or (factors == (1, 1) and not setting(node, "transA", 0))
 
 
+def is_bias(value: ir.Value | None, length: int) -> bool:
+    """Whether `value` is a constant with one float per output."""
+    held = array(value)
+    return held is not None and held.shape == (length,) and held.dtype == np.float32
+
+
 def output_axis(node: ir.Node) -> int:
     """The dimension of the weight of a Conv, Gemm or MatMul that its outputs run along."""
     return 0 if node.op_type == "Conv" or setting(node, "transB", 0) else 1

@@ -21,6 +21,7 @@ class Editor:
     def __init__(self, graph: ir.Graph):
         self.graph = graph
         self.made: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self.notes: dict[str, str] = {}  # what packed initializers are, by their names
 
     def constant(self, array: Any) -> ir.Value:
         """An initializer that holds `array`."""

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .biases import output_axis, plain_product
+from .biases import is_bias, output_axis, plain_product
 from .edit import (
     Editor,
     StoredWeight,
-    array,
     first,
     made_by,
     only_user,
@@ -20,6 +19,7 @@ from .edit import (
     setting,
     stored_weight,
 )
+from .narrow import use_blocks_of_bytes
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -50,7 +50,7 @@ def _quantized_next(node: ir.Node) -> bool:
 def _multiply_static(edit: Editor, node: ir.Node, given: ir.Node, weight: StoredWeight) -> None:
     user, bias = only_user(node.outputs[0]), None
     if user is not None and user.op_type == "Add":
-        bias = next((value for value in user.inputs if _is_bias(value, weight.integers.shape[1])), None)
+        bias = next((value for value in user.inputs if is_bias(value, weight.integers.shape[1])), None)
     zero = weight.node.inputs[2] if weight.grid.zero.any() else None
     inputs = [first(given), weight.value, given.inputs[1], weight.node.inputs[1], operand(given, 2), zero, bias]
     while inputs[-1] is None:
@@ -58,11 +58,6 @@ def _multiply_static(edit: Editor, node: ir.Node, given: ir.Node, weight: Stored
     result = edit.insert(node, "com.microsoft.MatMulIntegerToFloat", inputs)
     replaced = node if bias is None or user is None else user
     edit.take_over(replaced.outputs[0], result)
-
-
-def _is_bias(value: ir.Value | None, length: int) -> bool:
-    held = array(value)
-    return held is not None and held.shape == (length,) and held.dtype == np.float32
 
 
 def multiply_dynamic(edit: Editor) -> None:
@@ -125,8 +120,9 @@ def _rows_with_scales(edit: Editor, node: ir.Node, table: StoredWeight, rows: ir
 
 
 # -- weights that meet floats -----------------------------------------------------------------------------------------
-def restore_floats(edit: Editor) -> None:
-    """Write the dequantization of weights that no integer kernel reads as Cast and Mul.
+def restore_floats(edit: Editor, multiply: bool = True) -> None:
+    """Give weights of linear layers that no integer kernel reads to MatMulNBits where that pays (and `multiply` allows
+    it); write the dequantization of all others as Cast and Mul.
 
     These ONNX Runtime computes once, when it loads. DequantizeLinear of a weight it keeps for integer kernels, and
     where there is none it computes it at every call.
@@ -137,7 +133,9 @@ def restore_floats(edit: Editor) -> None:
             continue
         usages = node.outputs[0].uses()
         if node.outputs[0].is_graph_output() or not all(in_integer_kernel(usage.node) for usage in usages):
-            _restore(edit, weight)
+            in_blocks = multiply and use_blocks_of_bytes(edit, weight)
+            if not in_blocks:
+                _restore(edit, weight)
 
 
 def _restore(edit: Editor, weight: StoredWeight) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from featherweight.core.encoding import Encoding
+from featherweight.core.storage import whole_bytes
 
 from .activations import drop_clipping, make_signed, merge_slices, move_behind, pool_means
 from .attention import turn_keys
@@ -14,23 +15,36 @@ from .biases import quantize_biases
 from .convolution import absorb_padding, pad_channels
 from .edit import Editor
 from .linear import look_up, multiply_dynamic, multiply_static, restore_floats
+from .narrow import use_blocks
+from .restore import restore
 from .shrink import shrink
-from .weights import place, weights_in
+from .weights import check_read, place, weights_in
 
 if TYPE_CHECKING:
     from onnxscript import ir
 
 
-def lower(model: ir.Model, stored: dict[str, Encoding], parameters: set[str], signed: bool = False) -> None:
+def lower(
+    model: ir.Model,
+    stored: dict[str, Encoding],
+    parameters: set[str],
+    signed: bool = False,
+    multiply: bool = True,
+    opset: int = 21,
+) -> None:
     """Store the weights named in `stored` as asked, arrange quantized activations for integer kernels, and drop what
     the file does not need.
 
     `parameters` are the torch names of all weights; they stay the names of their initializers. `signed` asks for int8
-    activations.
+    activations; `multiply` lets products compute on weights in blocks (MatMulNBits).
     """
     edit = Editor(model.graph)
     turn_keys(edit)
-    place(edit, stored, parameters)
+    check_read(edit, stored)
+    narrow = {name: encoding for name, encoding in stored.items() if not whole_bytes(encoding)}
+    in_blocks = use_blocks(edit, narrow, multiply)
+    restore(model, edit, {name: encoding for name, encoding in narrow.items() if name not in in_blocks}, opset)
+    place(edit, {name: stored[name] for name in stored if name not in narrow}, parameters - set(narrow))
     if signed:
         make_signed(edit)
     pool_means(edit)
@@ -44,6 +58,7 @@ def lower(model: ir.Model, stored: dict[str, Encoding], parameters: set[str], si
     quantize_biases(edit)
     if not signed:
         pad_channels(edit)
-    restore_floats(edit)
+    restore_floats(edit, multiply)
     edit.sweep()
     shrink(model, {name for name in model.graph.initializers if set(weights_in(name)) & parameters})
+    model.metadata_props.update({name: note for name, note in edit.notes.items() if name in model.graph.initializers})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featherweight.core.errors import ArtifactError
+from featherweight.core.storage import Packed
 
 from .edit import MADE
 from .weights import weights_in
@@ -33,6 +34,7 @@ PRODUCTS = frozenset(
         "MatMul",
         "MatMulInteger",
         "MatMulIntegerToFloat",
+        "MatMulNBits",
         "LSTM",
         "GRU",
         "RNN",
@@ -55,7 +57,7 @@ FLOAT_KERNELS = frozenset(
         "MultiHeadAttention",
     }
 )
-NODE = "node"
+NODE, BLOCKS = "node", "MatMulNBits"
 INTEGER_MARKS = (
     "QLinear",
     "QGemm",
@@ -94,29 +96,49 @@ def numpy_name(kind: int) -> str:
 def stored_forms(model: onnx.ModelProto) -> dict[str, str]:
     """Type of every stored weight, by its name in the torch model."""
     found = {}
+    notes = packed(model)
     for tensor in model.graph.initializer:
         if not tensor.name.startswith(MADE):
+            note = notes.get(tensor.name)
             for name in weights_in(tensor.name):
-                found[name] = numpy_name(tensor.data_type)
+                found[name] = numpy_name(tensor.data_type) if note is None else note.form
     return dict(sorted(found.items()))
+
+
+def packed(model: onnx.ModelProto) -> dict[str, Packed]:
+    """The packed weights of the model, by the names of their initializers, where the bytes bear out what is noted."""
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    found = {
+        tensor.name: Packed.read(notes[tensor.name], stored_bytes(tensor))
+        for tensor in model.graph.initializer
+        if tensor.name in notes
+    }
+    return {name: note for name, note in found.items() if note is not None}
 
 
 def parameters(model: onnx.ModelProto) -> int:
     """Number of entries of all weights, each counted once."""
-    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer if not tensor.name.startswith(MADE))
+    notes = packed(model)
+    return sum(
+        notes[tensor.name].entries if tensor.name in notes else math.prod(tensor.dims)
+        for tensor in model.graph.initializer
+        if not tensor.name.startswith(MADE)
+    )
 
 
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Bytes of everything that is stored beside the graph: weights, scales, zero points, tables."""
+    return sum(map(stored_bytes, model.graph.initializer))
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of one initializer."""
     import onnx
 
-    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
-    total = 0
-    for tensor in model.graph.initializer:
-        kind = tensor.data_type
-        width = bits.get(kind) or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
-        total += (math.prod(tensor.dims) * width + 7) // 8
-    return total
+    kind = tensor.data_type
+    half = kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    width = 4 if half else 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)).itemsize
+    return (math.prod(tensor.dims) * width + 7) // 8
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -185,7 +207,7 @@ def run_shapes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarray
         if name
     }
     with _written(model, path) as file:
-        results = _results(file, asked - set(shapes), example)
+        results = _results(file, asked - set(shapes), example, fold=True)
     return shapes | {name: result.shape for name, result in results.items()}
 
 
@@ -200,8 +222,12 @@ def result_bytes(model: onnx.ModelProto, path: Path, example: dict[str, np.ndarr
         return sum(result.nbytes for name, result in _results(file, made, example).items() if name in made)
 
 
-def _results(file: Path, asked: set[str], example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the values in `asked` are in a run of one input; inputs of the graph are given as well."""
+def _results(file: Path, asked: set[str], example: dict[str, np.ndarray], fold: bool = False) -> dict[str, np.ndarray]:
+    """What the values in `asked` are in a run of one input; inputs of the graph are given as well.
+
+    `fold` computes ahead what follows from constants: MatMulNBits gives zeros where its scales are computed when it
+    runs.
+    """
     import onnx
 
     model = read(file)
@@ -212,7 +238,7 @@ def _results(file: Path, asked: set[str], example: dict[str, np.ndarray]) -> dic
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(asked - present - set(given)))
     names = [value.name for value in model.graph.output]
     with _written(model, file) as wider:
-        session = _session(wider)
+        session = _session(wider, fold=fold)
         return dict(zip(names, session.run(names, given))) | given
 
 
@@ -230,14 +256,15 @@ def _written(model: onnx.ModelProto, path: Path) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _session(file: Path, optimized: Path | None = None) -> Any:
+def _session(file: Path, optimized: Path | None = None, fold: bool = False) -> Any:
     """A session that runs the graph as it is, or one that writes to `optimized` what ONNX Runtime makes of it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     if optimized is None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_BASIC if fold else levels.ORT_DISABLE_ALL
     else:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
@@ -262,28 +289,29 @@ def optimized(model: onnx.ModelProto, path: Path) -> onnx.GraphProto:
         return read(file).graph
 
 
-def is_integer_kernel(kind: str) -> bool:
-    """Whether an operator of this name computes on integers."""
-    return kind.startswith(INTEGER_MARKS)
+def is_integer_kernel(node: onnx.NodeProto) -> bool:
+    """Whether an operator computes on integers; MatMulNBits does where its accuracy level is 4."""
+    if node.op_type.startswith(BLOCKS):
+        return any(attribute.name == "accuracy_level" and attribute.i == 4 for attribute in node.attribute)
+    return node.op_type.startswith(INTEGER_MARKS)
 
 
 def kernels(graph: onnx.GraphProto) -> tuple[dict[str, int], dict[str, int]]:
     """How many integer kernels of each kind there are, and how many products in floats."""
-    count = Counter(node.op_type for node in graph.node)
-    integer = {kind: number for kind, number in sorted(count.items()) if is_integer_kernel(kind)}
-    floats = {
-        kind: number
-        for kind, number in sorted(count.items())
-        if kind in FLOAT_KERNELS or kind.startswith("MatMulNBits")
-    }
-    return integer, floats
+    integer = Counter(node.op_type for node in graph.node if is_integer_kernel(node))
+    floats = Counter(
+        node.op_type
+        for node in graph.node
+        if not is_integer_kernel(node) and (node.op_type in FLOAT_KERNELS or node.op_type.startswith(BLOCKS))
+    )
+    return dict(sorted(integer.items())), dict(sorted(floats.items()))
 
 
 def integer_products(found: list[Product], graph: onnx.GraphProto) -> set[str]:
     """Names of those products that integer kernels compute: kernels whose name begins with the node's, or that read its
     weight as stored.
     """
-    kernels = [node for node in graph.node if is_integer_kernel(node.op_type)]
+    kernels = [node for node in graph.node if is_integer_kernel(node)]
     names = {match.group() for node in kernels if (match := re.match(NODE + r"\d+", node.name))}
     read = {name for node in kernels for value in node.input if value for name in weights_in(value)}
     return {product.name for product in found if product.name in names or set(product.weights) & read}

@@ -86,14 +86,15 @@ def _says_nothing(node: ir.Node, name: str, value: Any) -> bool:
     return False
 
 
-def _short() -> Iterator[str]:
+def short_names() -> Iterator[str]:
+    """Names in order of their length: a, b, ... Z, aa, ab..."""
     for length in itertools.count(1):
         yield from map("".join, itertools.product(LETTERS, repeat=length))
 
 
 def _rename(graph: ir.Graph, weights: set[str]) -> None:
     kept = {value.name for value in (*graph.inputs, *graph.outputs)} | weights
-    names = (name for name in _short() if name not in kept)
+    names = (name for name in short_names() if name not in kept)
     values = list(graph.initializers.values())
     for value in values:
         if value.name not in weights and not value.is_graph_input() and not value.is_graph_output():

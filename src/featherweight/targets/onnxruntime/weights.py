@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featherweight.core.encoding import Affine, Encoding
-from featherweight.core.errors import ArtifactError, NotCarried
+from featherweight.core.errors import ArtifactError
 
 from .edit import Editor, array
 
@@ -46,25 +46,35 @@ def weights_in(name: str) -> list[str]:
     return [part.rpartition(PART)[0] or part for part in name.split(BETWEEN)]
 
 
+def check_read(edit: Editor, stored: dict[str, Encoding]) -> None:
+    """Raise `ArtifactError` unless the graph reads an initializer of the name and the shape of every stored weight."""
+    for name, encoding in stored.items():
+        found = edit.graph.initializers.get(name)
+        if found is None or not (found.uses() or found.is_graph_output()):
+            raise ArtifactError(
+                f"the exported graph does not read the weight {name!r}, which is to be stored as {encoding.form}; "
+                "is that layer used?"
+            )
+        floats = array(found)
+        if floats is None or floats.shape != encoding.shape:
+            shape = None if floats is None else floats.shape
+            raise ArtifactError(
+                f"the weight {name!r} has the shape {encoding.shape}, but {shape} in the exported graph"
+            )
+
+
 def place(edit: Editor, stored: dict[str, Encoding], parameters: set[str]) -> None:
     """Swap the initializers named in `stored` for integers with DequantizeLinear, and lay out every weight as the graph
     reads it.
 
     Transpositions, slices and concatenations of weights are carried out on what is stored, wherever that stores nothing
-    twice. Raises `ArtifactError` if the graph holds no initializer of that name and shape.
+    twice.
     """
     forms = {
         value: _form(name, value, stored.get(name))
         for name, value in edit.graph.initializers.items()
         if name in parameters | set(stored)
     }
-    for name, encoding in stored.items():
-        found = edit.graph.initializers.get(name)
-        if found is None or found not in forms or not found.uses():
-            raise ArtifactError(
-                f"the exported graph does not read the weight {name!r}, which is to be stored as {encoding.form}; "
-                "is that layer used?"
-            )
     for value, form in [*_laid_out(edit.graph, forms), *forms.items()]:
         if value.uses() or value.is_graph_output():
             _store(edit, value, form)
@@ -76,14 +86,9 @@ def _form(name: str, value: ir.Value, encoding: Encoding | None) -> Form:
     assert floats is not None
     if encoding is None:
         return Form(floats, None, None, (name,))
-    if not isinstance(encoding, Affine) or encoding.bits != 8:
-        raise NotCarried(f"the weight {name!r} is stored as {encoding.form}, which onnxruntime does not carry")
-    values = encoding.values.cpu().numpy()
-    if values.shape != floats.shape:
-        raise ArtifactError(
-            f"the weight {name!r} has the shape {values.shape}, but {floats.shape} in the exported graph"
-        )
-    scale, zero = (_spread(part.cpu().numpy(), values, encoding.axis) for part in (encoding.scale, encoding.zero))
+    assert isinstance(encoding, Affine)
+    values, entries = encoding.values.cpu().numpy(), (encoding.scale.float(), encoding.zero)
+    scale, zero = (_spread(part.cpu().numpy(), values, encoding.axis) for part in entries)
     return Form(values, scale, zero, (name,))
 
 
