@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import int8, page
+from benchmarks import aware, int8, page
 from benchmarks.compare import ORIGINAL, singles
 from benchmarks.contender import load
 from benchmarks.record import Figure, Ledger, Network, Row, Timing
@@ -129,3 +129,18 @@ def test_wrong_usage_is_said(argument: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as raised:
         int8.main([argument])
     assert raised.value.code == 2 and argument in capsys.readouterr().err
+
+
+def test_training_in_few_bits_is_written_down_and_not_done_twice(tmp_path: Path, monkeypatch) -> None:
+    given = ["--task", f"{TASKS}:bars", "--widths", "W2A4", "--epochs", "2", "--lr", "0.01", "--date", "2026-01-31"]
+    given += ["--models", str(tmp_path / "models"), "--out", str(tmp_path), "--page", str(tmp_path / "page.md")]
+    assert aware.main(given) == 0
+    first = json.loads((tmp_path / "aware-2026-01-31.json").read_text())
+    assert [row["method"] for row in first["rows"]] == ["rounded", "trained"]
+    assert all(row["accuracy"]["n"] == first["original"]["n"] > 0 and row["seconds"] > 0 for row in first["rows"])
+    text = (tmp_path / "page.md").read_text()
+    for row in first["rows"]:
+        assert f"| W2A4 | {row['method']} | {row['accuracy']['value']:.2f} " in text and f"{row['bytes']:,}" in text
+    monkeypatch.setattr(aware, "run_step", lambda *given: pytest.fail("trained again"))
+    assert aware.main(given) == 0
+    assert json.loads((tmp_path / "aware-2026-01-31.json").read_text()) == first
