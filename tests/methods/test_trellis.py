@@ -191,7 +191,7 @@ def test_a_layer_that_the_loss_does_not_reach_is_an_error():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 50)), min_size=1, max_size=5), st.floats(1, 4))
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 50)), min_size=1, max_size=4), st.floats(1, 6))
 def test_bits_are_allocated_with_the_least_loss(layers, bits):
     costs = {str(place): cost for place, (cost, _) in enumerate(layers)}
     counts = {str(place): count for place, (_, count) in enumerate(layers)}

@@ -1,4 +1,4 @@
-"""quantize.trellis: weights as paths through a trellis, near the rate-distortion bound, at 1 to 4 bits."""
+"""quantize.trellis: weights as paths through a trellis, near the rate-distortion bound, at 1 to 6 bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...core.step import Between, OneOf, Trait
 from ...core.trellis import Trellis, restored
 from ...model.held import Held
 from ...model.select import LayerStep
-from .allocation import allocate, cost
+from .allocation import DISTORTION, allocate, cost
 from .dynamic import called_layers, sharers
 from .fisher import loss_hessians
 from .hessian import OBSERVED, hessians
@@ -77,10 +77,10 @@ class HeldTrellis(Held, kind="trellis"):
 
 
 class TrellisQuantization(LayerStep, kind="quantize.trellis"):
-    """Store the weights of linear layers and convolutions as paths through a trellis, at 1 to 4 bits per weight.
+    """Store the weights of linear layers and convolutions as paths through a trellis, at 1 to 6 bits per weight.
 
     `bits` is the mean over all weights: with `allocation` "even" all layers get as many; with "loss", and always where
-    `bits` is no whole number, each gets 1 to 4 so that the loss suffers least.
+    `bits` is no whole number, each gets 1 to 6 so that the loss suffers least.
 
     Every weight reads a window of `window` bits out of a circular stream to which it adds `bits`; the value of a window
     is arithmetic, so there is no table to store. The paths are searched by the Viterbi algorithm, column by column with
@@ -94,10 +94,10 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
 
     needs: ClassVar[Trait] = Trait.EDITABLE
     takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
-    makes: ClassVar[frozenset[str]] = frozenset({"trellis1", "trellis2", "trellis3", "trellis4"})
+    makes: ClassVar[frozenset[str]] = frozenset(f"trellis{bits}" for bits in DISTORTION)
     paper: ClassVar[str] = "arXiv:2406.11235"
 
-    bits: Annotated[float, Field(ge=1, le=4), OneOf(2.0, 2.5, 3.0, 3.5, 4.0)] = 3.0
+    bits: Annotated[float, Field(ge=1, le=6), OneOf(2.0, 2.5, 3.0, 3.5, 4.0)] = 3.0
     allocation: Annotated[Literal["even", "loss"], OneOf("even", "loss")] = "even"
     window: Annotated[int, Field(ge=6, le=16)] = 12
     damping: Annotated[float, Field(gt=0, le=1), Between(1e-3, 0.1, log=True)] = 0.01
