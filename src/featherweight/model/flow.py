@@ -24,7 +24,7 @@ class Runner(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, held: Mapping[str, Tensor] | None = None, ports: bool = True):
         super().__init__(module, garbage_collect_values=False)
-        self.held, self.ports = held or {}, ports
+        self.held, self.ports = {} if held is None else held, ports
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.held[target] if target in self.held else super().get_attr(target, args, kwargs)

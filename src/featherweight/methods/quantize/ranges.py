@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 Calibration = Literal["minmax", "percentile", "mse", "entropy"]
+Cost = Callable[["Histogram", Tensor, Tensor], Tensor]  # of ranges from their lower and upper ends
 BINS = 2048
 LEVELS = 255
 
@@ -81,7 +83,7 @@ def activation_range(
     if method == "percentile":
         low, high = percentile_range(histogram, percentile)
         return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
-    cost = partial(squared_error if method == "mse" else divergence, levels=2**bits - 1)
+    cost = partial(squared_error if method == "mse" else divergences, levels=2**bits - 1)
     return best_range(histogram, low, high, cost, symmetric)
 
 
@@ -96,33 +98,38 @@ def percentile_range(histogram: Histogram, percentile: float) -> tuple[float, fl
 
 
 def best_range(
-    histogram: Histogram, low: float, high: float, cost: object, symmetric: bool = False
+    histogram: Histogram, low: float, high: float, cost: Cost, symmetric: bool = False
 ) -> tuple[float, float]:
     """The range, shrunk from `low`..`high` by up to 80% at either end in turn, that has the least `cost`; at both ends
     together if `symmetric`.
     """
-    best = (low, high)
+    parts = torch.linspace(1.0, 0.2, 65, dtype=torch.float64)
+    ones = torch.ones_like(parts)
     for side in (0, 1, 0, 1) if not symmetric else (2,):
-        options = []
-        for part in torch.linspace(1.0, 0.2, 65).tolist():
-            tried = (best[0] * (part if side != 1 else 1), best[1] * (part if side != 0 else 1))
-            if tried[1] > tried[0]:
-                options.append((cost(histogram, *tried), -part, tried))  # type: ignore[operator]
-        best = min(options)[2]
-    return best
+        lows, highs = low * (ones if side == 1 else parts), high * (ones if side == 0 else parts)
+        best = int(cost(histogram, lows, highs).argmin())  # the first, that is the widest, of equals
+        low, high = float(lows[best]), float(highs[best])
+    return low, high
 
 
-def squared_error(histogram: Histogram, low: float, high: float, levels: int = LEVELS) -> float:
+def squared_error(histogram: Histogram, low: float | Tensor, high: float | Tensor, levels: int = LEVELS) -> Tensor:
     """Mean squared error of rounding to `levels` steps between `low` and `high`: clipping plus rounding inside, from
-    the counts.
+    the counts. One error per entry of `low` and `high`.
     """
     values = histogram.middles()
-    step = (high - low) / levels
-    zero = round(-low / step)
+    lows, highs = (torch.as_tensor(end, dtype=torch.float64)[..., None] for end in (low, high))
+    step = (highs - lows) / levels
+    zero = torch.round(-lows / step)
     rounded = (torch.clamp(torch.round(values / step) + zero, 0, levels) - zero) * step
-    inside = (values >= low) & (values <= high)
-    error = torch.where(inside, torch.full_like(values, step**2 / 12), (values - rounded) ** 2)
-    return float((histogram.counts * error).sum() / histogram.counts.sum())
+    inside = (values >= lows) & (values <= highs)
+    error = torch.where(inside, step**2 / 12, (values - rounded) ** 2)
+    return (histogram.counts * error).sum(-1) / histogram.counts.sum()
+
+
+def divergences(histogram: Histogram, low: Tensor, high: Tensor, levels: int = LEVELS) -> Tensor:
+    """The `divergence` of each range."""
+    ranges = zip(low.tolist(), high.tolist())
+    return torch.tensor([divergence(histogram, *each, levels) for each in ranges], dtype=torch.float64)
 
 
 def divergence(histogram: Histogram, low: float, high: float, levels: int = LEVELS) -> float:
@@ -133,7 +140,7 @@ def divergence(histogram: Histogram, low: float, high: float, levels: int = LEVE
     """
     values, counts = histogram.middles(), histogram.counts
     inside = (values >= low) & (values <= high)
-    if not inside.any():
+    if high <= low or not inside.any():
         return torch.inf
     clipped = torch.where(inside, counts, torch.zeros_like(counts))
     first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])

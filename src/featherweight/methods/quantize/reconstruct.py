@@ -20,8 +20,8 @@ from .adaround import WARM, exponent, rounded, share_up, undecided, variable_of
 from .segments import Segment
 
 ROWS = 32  # of a batch, in one step
-LR = 1e-2
-PULL = 1.0  # weight of the regularizer beside the error, each as a mean over what rounding to nearest leaves
+LR = 3e-2
+PULL = 3.0  # of the regularizer, a mean over all weights, beside the error as a share of that of rounding to nearest
 
 
 class Learned:
