@@ -34,11 +34,11 @@ from .record import Figure, Record
 
 PACKAGES = ("featherweight", "torch", "onnxruntime")
 WIDTHS: dict[str, dict[str, Any]] = {
-    "W4A4": {"bits": 4, "activation_bits": 4},
-    "W3A3": {"bits": 3, "activation_bits": 3},
-    "W2A4": {"bits": 2, "activation_bits": 4},
-    "ternary A4": {"ternary": True, "activation_bits": 4},
-    "W2A2": {"bits": 2, "activation_bits": 2},
+    "W4A4": {"bits": 4, "activation_bits": 4, "epochs": 5},
+    "W3A3": {"bits": 3, "activation_bits": 3, "epochs": 8},
+    "W2A4": {"bits": 2, "activation_bits": 4, "epochs": 8},
+    "ternary A4": {"ternary": True, "activation_bits": 4, "epochs": 8},
+    "W2A2": {"bits": 2, "activation_bits": 2, "epochs": 12},
 }
 PAGE = """\
 # Benchmarks: training in few bits
@@ -85,7 +85,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aware", description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="zoo:cifar10-resnet20")
     parser.add_argument("--widths", nargs="+", default=list(WIDTHS), choices=list(WIDTHS))
-    parser.add_argument("--epochs", type=float, default=20.0)
+    parser.add_argument("--times", type=float, default=1.0, help="how many times as long to train as by default")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -105,8 +105,8 @@ def steps(given: argparse.Namespace) -> list[tuple[str, str, Step]]:
         bits = WIDTHS[width]
         plain = {"bits": 2 if "ternary" in bits else bits["bits"], "activation_bits": bits["activation_bits"]}
         rounded = step("quantize.static", **plain, calibration="mse", weights="mse")
-        trained = step("quantize.aware", **bits, epochs=given.epochs, lr=given.lr, precision=given.precision)
-        found += [(width, "rounded", rounded), (width, "trained", trained)]
+        settings = {**bits, "epochs": bits["epochs"] * given.times, "lr": given.lr, "precision": given.precision}
+        found += [(width, "rounded", rounded), (width, "trained", step("quantize.aware", **settings))]
     return found
 
 

@@ -132,7 +132,7 @@ def test_wrong_usage_is_said(argument: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_training_in_few_bits_is_written_down_and_not_done_twice(tmp_path: Path, monkeypatch) -> None:
-    given = ["--task", f"{TASKS}:bars", "--widths", "W2A4", "--epochs", "2", "--lr", "0.01", "--date", "2026-01-31"]
+    given = ["--task", f"{TASKS}:bars", "--widths", "W2A4", "--times", "0.25", "--lr", "0.01", "--date", "2026-01-31"]
     given += ["--models", str(tmp_path / "models"), "--out", str(tmp_path), "--page", str(tmp_path / "page.md")]
     assert aware.main(given) == 0
     first = json.loads((tmp_path / "aware-2026-01-31.json").read_text())
