@@ -16,6 +16,7 @@ from featherweight.core import registry
 from featherweight.core.encoding import Affine, Codebook, Encoding
 from featherweight.core.soft import Link, encodings, fold
 from featherweight.core.target import PACKED, Target, target
+from featherweight.core.trellis import Trellis
 
 registry.load("targets")
 KINDS = sorted(
@@ -74,6 +75,13 @@ def codebook(shape: tuple[int, ...], entries: int, length: int = 1, group: int |
     return Codebook(indices, table, scale, axis=0, group=group)
 
 
+def trellis(shape: tuple[int, ...], bits: int) -> Trellis:
+    rows, columns = shape[0], math.prod(shape[1:])
+    symbols = torch.randint(0, 2**bits, (4, rows * columns // 4)).to(torch.uint8)
+    left, right = torch.rand(rows) > 0.5, torch.rand(columns) > 0.5
+    return Trellis(symbols, (torch.rand(rows) + 0.5).half(), shape, bits, 8, left, right)
+
+
 Make = Callable[[tuple[int, ...]], Encoding]
 FORMS: dict[str, Make] = {
     **{f"int{bits}": lambda shape, bits=bits: affine(shape, bits, signed=True, symmetric=True) for bits in range(1, 9)},
@@ -81,6 +89,7 @@ FORMS: dict[str, Make] = {
     "uint4 per tensor": lambda shape: affine(shape, 4, axis=None),
     "uint4 with float zeros": lambda shape: affine(shape, 4, group=8, floating=True),
     "int4 with half scales": lambda shape: affine(shape, 4, group=32, signed=True, symmetric=True, half=True),
+    "trellis2": lambda shape: trellis(shape, 2),
     "codebook4": lambda shape: codebook(shape, 16, group=16),
     "codebook3": lambda shape: codebook(shape, 6),
     "codebook9 of pairs": lambda shape: codebook(shape, 300, length=2) if shape[-1] % 2 == 0 else codebook(shape, 300),
@@ -128,7 +137,7 @@ def test_a_tied_weight_is_stored_once(name: str, tmp_path: Path) -> None:
     check(name, Side("embedding", tied=True).eval(), torch.randint(0, 32, (3, 7)), tmp_path)
 
 
-def check(name: str, model: nn.Module, x: Tensor, folder: Path) -> None:
+def check(name: str, model: Side, x: Tensor, folder: Path) -> None:
     artifact = target(name).export(model, {"x": x[:2]}, folder / "out")
     plain = fold(model)
     with torch.no_grad():
@@ -145,3 +154,5 @@ def check(name: str, model: nn.Module, x: Tensor, folder: Path) -> None:
     biases = sum(4 * tensor.numel() for key, tensor in tensors.items() if key not in asked)
     assert artifact.manifest.work.weight_bytes <= 1.02 * parts + biases + 64 * len(asked)
     assert artifact.manifest.work.parameters == sum(tensors[key].numel() for key in artifact.manifest.stored)
+    macs = {"linear": 32 * 32, "convolution": 16 * 32 * 3 * 3, "embedding": 32 * 32 if model.tied else 0}[model.kind]
+    assert artifact.manifest.work.macs == macs * len(FORMS), "what restores a weight is no work of a run"

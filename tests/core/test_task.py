@@ -38,6 +38,9 @@ def test_inputs_and_labels_of_any_batch():
     assert default_inputs((x, y)) is x and default_inputs([x]) is x and default_inputs(x) is x
     assert list(default_inputs({"ids": x, "mask": y, "labels": y})) == ["ids", "mask"]
     assert labels((x, y)) is y and labels({"target": y}) is y
+    assert (
+        default_inputs((x, y, y))[0] is x and default_inputs([x, y, y])[1] is y and len(default_inputs((x, y, y))) == 2
+    )
     for batch in (x, (x,), {"ids": x}):
         with pytest.raises(TaskError, match="a batch has no labels"):
             labels(batch)
@@ -55,6 +58,14 @@ def test_mappings_go_in_by_keyword_and_tuples_by_place():
         first(pair.call(pair.original, pair.test[0])), torch.tensor([[25.0, 0, 0]] * 2)
     )
     pair.check()
+
+
+def test_all_of_a_longer_tuple_but_its_last_goes_in_by_place():
+    ids, mask = torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5)
+    task = Task(name="three", model=Two().eval(), test=[(ids, mask * 2, torch.tensor([0, 0]))])
+    assert task.input_names == ("ids", "mask")
+    assert torch.equal(first(task.call(task.original, task.test[0])), torch.tensor([[50.0, 0, 0]] * 2))
+    task.check()
 
 
 def test_a_model_of_the_hugging_face_kind_works_as_it_is():
@@ -165,6 +176,45 @@ def test_digests_follow_weights_data_and_fingerprint():
     assert base.digest == linear_task().digest
     assert len({base.digest, other.digest, data.digest, linear_task(fingerprint="v1").digest}) == 4
     assert linear_task(fingerprint="v1").digest == linear_task(fingerprint="v1", train=arrays(11)).digest
+
+
+@pytest.mark.parametrize("kind", [np.array, list, lambda values: [str(value) for value in values]])
+def test_labels_that_are_no_tensors_are_part_of_the_digest(kind):
+    x = torch.ones(3, 4)
+    digests = [linear_task(test=[(x, kind(values))]).digest for values in ([0, 1, 2], [0, 1, 2], [0, 2, 2])]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_cannot_be_hashed_asks_for_a_fingerprint():
+    task = linear_task(test=[(torch.ones(3, 4), object())])
+    with pytest.raises(TaskError, match="a batch holds object, which has no digest; give the task a fingerprint"):
+        _ = task.digest
+    assert replace(task, fingerprint="v1").digest
+
+
+def loader(shuffle: bool, seed: int = 0, labels: int = 3):
+    pairs = [(x, int(y) % labels) for x, y in zip(*arrays(20).tensors)]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.utils.data.DataLoader(pairs, batch_size=6, shuffle=shuffle, generator=generator)
+
+
+def test_the_order_of_a_loader_is_no_part_of_the_digest():
+    digests = {linear_task(train=loader(shuffle, seed)).digest for shuffle, seed in ((False, 0), (True, 1), (True, 2))}
+    assert len(digests) == 1
+    assert linear_task(train=loader(False, labels=2)).digest not in digests
+    x, y = arrays(6).tensors
+    swapped = linear_task(train=[(x, y.flip(0))])
+    assert swapped.digest != linear_task(train=[(x, y)]).digest, "which label belongs to which input counts"
+
+
+@pytest.mark.parametrize("split", ["validate", "test"])
+def test_a_split_to_judge_on_must_not_be_shuffled(split):
+    linear_task(**{split: loader(False)}).check()
+    linear_task(train=loader(True), calibrate=loader(True)).check()
+    with pytest.raises(
+        TaskError, match=f"the split '{split}' gives other batches when it is gone through again; turn off"
+    ):
+        linear_task(**{split: loader(True)}).check()
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------

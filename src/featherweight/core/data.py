@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .errors import TaskError
+from .files import tensor_digest
 
 
 class Arrays:
@@ -87,3 +92,50 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for item in value:
             yield from tensors_in(item)
+
+
+# -- what data are ----------------------------------------------------------------------------------------------------
+def content_digest(value: Any) -> bytes:
+    """SHA-256 of tensors, arrays, numbers and text in nested tuples, lists and mappings, with their form.
+
+    Raises `TaskError` for anything else: what cannot be hashed would not be told from other data.
+    """
+    digest = hashlib.sha256(type(value).__name__.encode())
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        value = torch.from_numpy(np.array(value)) if value.dtype.kind in "biuf" else value.tolist()
+    if isinstance(value, Tensor):
+        digest.update(tensor_digest({"": value}).encode())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(repr(key).encode() + content_digest(value[key]))
+    elif isinstance(value, np.ndarray | tuple | list):
+        for item in value:
+            digest.update(content_digest(item))
+    elif value is None or isinstance(value, str | bytes | bool | int | float | complex):
+        digest.update(repr(value).encode())
+    else:
+        raise TaskError(f"a batch holds {type(value).__name__}, which has no digest; give the task a fingerprint")
+    return digest.digest()
+
+
+def unordered_digest(listed: Iterator[Any]) -> bytes:
+    """A digest of batches that depends neither on the order of the inputs nor on where one batch ends."""
+    total = 0
+    for batch in listed:
+        first = next(tensors_in(batch), None)
+        count = 1 if first is None or first.dim() == 0 else len(first)
+        for place in range(count):
+            total += int.from_bytes(content_digest(_row(batch, place, count)))
+    return (total % 2**256).to_bytes(32)
+
+
+def _row(value: Any, place: int, count: int) -> Any:
+    """One input of a batch of `count`: the entry at `place` of all that has one per input."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value[place] if value.ndim and len(value) == count else value
+    if isinstance(value, Mapping):
+        return {key: _row(item, place, count) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        plain = not any(isinstance(item, Tensor | np.ndarray | Mapping | tuple | list) for item in value)
+        return value[place] if plain and len(value) == count else [_row(item, place, count) for item in value]
+    return value

@@ -19,23 +19,25 @@ from torch import Tensor, nn
 from . import data as _data
 from . import registry
 from .errors import FeatherweightError, NotFinite, TaskError
+from .files import tensor_digest
 from .metric import Metric, top1
 from .outputs import as_arrays, first
 from .soft import copied
 
 Split = Literal["train", "calibrate", "validate", "test"]
+JUDGED = ("validate", "test")
 SPLITS: tuple[Split, ...] = ("train", "calibrate", "validate", "test")
 LABEL_NAMES = ("labels", "label", "target", "targets", "y")
 
 
 def default_inputs(batch: Any) -> Any:
-    """What of a batch goes into the model: of a mapping all but the labels, of a pair (inputs, labels) the inputs, else
-    the batch.
+    """What of a batch goes into the model: of a mapping all but the labels, of a pair (inputs, labels) the inputs, of a
+    longer tuple all but the last, in the order of the model's arguments; else the batch.
     """
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in LABEL_NAMES}
-    if isinstance(batch, tuple | list) and len(batch) > 1:
-        return batch[0]
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        return tuple(batch[:-1])
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
@@ -65,7 +67,8 @@ class Task:
     of batches that can be gone through more than once. `inputs(batch)` says what goes into the model: a tensor, a tuple
     (positional) or a mapping (keywords). `loss(output, batch)` gets the model's own output; `metric` gets numpy arrays.
     `dynamic` names the free dimensions of each input ({"x": {0: "batch"}}); by default the first dimension of every
-    input is the batch. `fingerprint` stands for model code and data in digests; without it the data are hashed.
+    input is the batch. `fingerprint` stands for model code and data in digests; without it the data are hashed, those
+    of an iterable without regard to their order (augmented data have another digest each time: give a fingerprint).
     `calibrate` falls back to the first 512 inputs of `train`; `validate` has no fallback.
     """
 
@@ -178,8 +181,6 @@ class Task:
         """SHA-256 over the model's weights and code, what the task does with them, and the data (or the fingerprint,
         where the task gives one).
         """
-        from .files import tensor_digest
-
         digest = hashlib.sha256(f"{self.name};{self.calibration_limit};{self.batch_size};{self.dynamic}".encode())
         metric = self.metric
         for code in (type(self.original), self.loss, self.inputs, metric.record, metric.reduce, metric.agree):
@@ -190,13 +191,23 @@ class Task:
             digest.update(self.fingerprint.encode())
         else:
             for split in SPLITS:
-                for batch in self.batches(split) if getattr(self, split) is not None else ():
-                    named = {str(place): tensor for place, tensor in enumerate(_data.tensors_in(batch))}
-                    digest.update(tensor_digest(named).encode())
+                if getattr(self, split) is not None:
+                    digest.update(split.encode() + self._data_digest(split))
         return digest.hexdigest()
 
+    def _data_digest(self, split: Split) -> bytes:
+        if not _data.is_map_style(getattr(self, split)):
+            return _data.unordered_digest(_data.batches(getattr(self, split), self.batch_size))
+        digest = hashlib.sha256()
+        for batch in self.batches(split):
+            digest.update(_data.content_digest(batch))
+        return digest.digest()
+
     def check(self) -> None:
-        """Run the model once on each split; raise one clear `TaskError` or `NotFinite` about what does not fit."""
+        """Run the model once on each split; raise one clear `TaskError` or `NotFinite` about what does not fit.
+
+        Splits to judge on must give the same batches each time: artifacts are compared input by input.
+        """
         for split in SPLITS:
             if self._data(split) is None:
                 continue
@@ -204,6 +215,17 @@ class Task:
             if batch is None:
                 raise TaskError(f"task {self.name}: the split {split!r} is empty")
             self._check_batch(split, batch)
+            if split in JUDGED:
+                self._check_order(split, batch)
+
+    def _check_order(self, split: Split, batch: Any) -> None:
+        again = next(iter(self.batches(split)), None)
+        before, after = (_data.content_digest(list(_data.tensors_in(each))) for each in (batch, again))
+        if before != after:
+            raise TaskError(
+                f"task {self.name}: the split {split!r} gives other batches when it is gone through again; "
+                "turn off shuffling and augmentation there, or give a list of batches"
+            )
 
     @torch.no_grad()
     def _check_batch(self, split: str, batch: Any) -> None:

@@ -236,19 +236,43 @@ def _refuse_pickles(path: Path) -> None:
 
 def multiply_accumulates(program: torch.export.ExportedProgram, example: dict[str, np.ndarray]) -> int:
     """Multiply-accumulates of one run of the first input: products as torch's own counter counts them, and recurrent
-    layers.
+    layers. What is computed from weights alone does not count: it could be computed once.
     """
     import torch
+    from torch import fx
     from torch.utils.flop_counter import FlopCounterMode
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, attention: _attention_flops}
+    module = program.module(check_guards=False)
+    asked = _after_inputs(module.graph)
+    total = 0
+
+    class Counting(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            nonlocal total
+            if node not in asked:
+                return super().run_node(node)
+            with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+                result = super().run_node(node)
+            total += counter.get_total_flops()
+            return result
 
     free = {name: 0 in _free(program, name, array) for name, array in example.items()}
     given = {name: torch.from_numpy(array[:1] if free[name] else array) for name, array in example.items()}
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    formulas = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, attention: _attention_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.no_grad(), counter:
-        program.module(check_guards=False)(**given)
-    return counter.get_total_flops() // 2
+    inputs = {node: given[str(node.target)] for node in module.graph.nodes if node.op == "placeholder"}
+    with torch.no_grad():
+        Counting(module).run(initial_env=inputs, enable_io_processing=False)
+    return total // 2
+
+
+def _after_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that need an input of the graph."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _recurrent_flops(
