@@ -122,6 +122,44 @@ def test_norms_behind_layers_are_folded_without_a_change():
     assert ((before - after).norm(dim=1) / before.norm(dim=1)).median() < 1e-4
 
 
+class Mixed(nn.Module):
+    """Every kind of layer that takes a batch norm in: N x 1 x 8 x 8 to N x 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.rows_norm = nn.Conv1d(8, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.wide, self.wide_norm = nn.ConvTranspose2d(1, 4, 2, stride=2, bias=False), nn.BatchNorm2d(4)
+        self.volume, self.volume_norm = nn.Conv3d(1, 3, 3), nn.BatchNorm3d(3)
+        self.flat, self.flat_norm, self.head = nn.Linear(3 * 2 * 4 * 6, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.rows_norm(self.rows(x[:, 0])))
+        x = torch.relu(self.wide_norm(self.wide(x[:, None])))[:, None]
+        x = torch.relu(self.volume_norm(self.volume(x[..., :6, :8])))
+        return self.head(torch.relu(self.flat_norm(self.flat(x.flatten(1)))))
+
+
+def test_every_kind_of_layer_keeps_its_norm_while_it_trains_and_its_integers_after():
+    torch.manual_seed(0)
+    model = Mixed()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.weight, 0, 1)  # negative factors too
+            nn.init.normal_(module.running_mean, 0, 0.1)
+    task = replace(conv_task(), model=model.eval())
+    begun, ctx = learning(task, bits=8)
+    assert {name.rpartition(".")[0] for name in begun.norms} == {"rows", "wide", "volume", "flat"}
+    x = task.test.tensors[0][:100]
+    with torch.no_grad():
+        assert (begun.module(x) - model(x)).norm() / model(x).norm() < 0.1
+    ctx.fit(begun.module, Training(epochs=1, lr=1e-2), during=lambda _model, t: begun.during(t > 0.8))
+    with torch.no_grad():
+        before = begun.module(x)
+        begun.settle()
+        after = begun.module(x)
+    assert ((before - after).norm(dim=1) / before.norm(dim=1)).median() < 1e-3
+
+
 def test_what_is_frozen_does_not_move():
     task = conv_task()
     begun, ctx = learning(task)
