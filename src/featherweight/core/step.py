@@ -90,7 +90,7 @@ class Step(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} must say what it does")
 
     def forms(self) -> frozenset[str]:
-        """The forms of encodings that this step, as it is set, leaves in the model."""
+        """The forms of encodings that this step, as it is set, may leave in the model."""
         return self.makes
 
     @property
