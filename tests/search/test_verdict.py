@@ -5,7 +5,7 @@ import pytest
 from featherweight.core.metric import Metric, mean_squared_error, top1
 from featherweight.core.reading import Reading
 from featherweight.core.run import Budget
-from featherweight.search.verdict import judge_bar, ratio_words, slower
+from featherweight.search.verdict import judge_bar, not_faster, ratio_words, slower
 from featherweight.search.verdict import verdict as sentence
 
 
@@ -137,3 +137,11 @@ def test_what_was_not_measured_is_not_spoken_of() -> None:
 )
 def test_ratios(ratio: float, words: str) -> None:
     assert ratio_words(ratio, "smaller", "larger", "as large") == words
+
+
+def test_weights_that_are_small_but_computed_as_floats_are_said():
+    stored = {"a.weight": "uint3", "b.weight": "codebook4", "c.weight": "float32", "d.weight": "int8"}
+    evidence = {"float_layers": ["a.weight", "b.weight", "c.weight"], "integer_layers": ["d.weight"]}
+    said = "stored as codebook4, uint3 but computed as floats, so smaller and no faster: a.weight and 1 more"
+    assert not_faster(stored, evidence) == said
+    assert not_faster(stored, {"float_layers": ["c.weight"]}) == "" == not_faster(stored, {})

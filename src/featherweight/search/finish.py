@@ -26,7 +26,7 @@ from ..model import skeleton
 from .judge import ORIGINAL, Judge
 from .output import RUN, work_folder
 from .stages import layers, stages
-from .verdict import judge_bar, slower, verdict
+from .verdict import judge_bar, not_faster, slower, verdict
 
 ARTIFACT, MODEL, REPORT = "artifact", "model", "report.html"
 Axes = Sequence[Axis]
@@ -80,7 +80,7 @@ def finish(recipe: Recipe, end: Ending) -> Run:
         candidates=end.candidates,
         diagnosis=end.diagnosis,
         warnings=[
-            *filter(None, [slower(readings)]),
+            *filter(None, [slower(readings), not_faster(artifact.manifest.stored, artifact.manifest.evidence)]),
             *end.warnings,
             *idle,
             *(warning for record in records for warning in record.warnings),

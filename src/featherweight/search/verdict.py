@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.metric import Metric
 from ..core.reading import Reading, find
@@ -139,6 +140,18 @@ def slower(readings: Sequence[Reading]) -> str:
         return ""
     factor, conditions = 1 / speed[0], speed[2]
     return f"the compressed artifact is {factor:.2f}x slower than the original here ({conditions})"
+
+
+def not_faster(stored: Mapping[str, str], evidence: Mapping[str, Any]) -> str:
+    """A warning if weights that are stored small are computed with as floats, which is no faster; empty if none are."""
+    small = [
+        name for name in evidence.get("float_layers", []) if stored.get(name, "float").rstrip("0123456789") != "float"
+    ]
+    if not small:
+        return ""
+    forms = ", ".join(sorted({stored[name] for name in small}))
+    named = f"{small[0]} and {len(small) - 1} more" if len(small) > 1 else small[0]
+    return f"stored as {forms} but computed as floats, so smaller and no faster: {named}"
 
 
 def _p50(readings: Sequence[Reading], subject: str) -> Reading | None:
