@@ -17,7 +17,7 @@ from featherweight.core.step import step
 from featherweight.core.trellis import Trellis, code, hadamard, rotate, windows
 from featherweight.methods.quantize.allocation import DISTORTION, allocate
 from featherweight.methods.quantize.fisher import loss_hessians
-from featherweight.methods.quantize.incoherent import encode, layout, signs
+from featherweight.methods.quantize.incoherent import encode, layout, rotated, signs
 from featherweight.methods.quantize.viterbi import tail_biting
 from featherweight.model.skeleton import load, save
 
@@ -67,23 +67,23 @@ def test_the_hadamard_transform_is_its_matrix():
     assert torch.allclose(hadamard(rows), rows @ matrix / 4, atol=1e-6)
 
 
-def made(size: tuple[int, int], bits: int, rotated: bool, seed: int, groups: int = 1):
+def made(size: tuple[int, int], bits: int, turned: bool, seed: int, groups: int = 1):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(size, generator=generator) * 0.1
     given = torch.randn(groups, 300, size[1], generator=generator) @ torch.randn(size[1], size[1], generator=generator)
     hessian = given.mT @ given / 300
-    left, right = (signs(count, generator) if rotated else None for count in size)
-    return weight, hessian, encode(weight, hessian, bits, 8, 0.01, left, right)
+    left, right = (signs(count, generator) if turned else None for count in size)
+    return weight, hessian, encode([rotated(weight, hessian, 0.01, left, right)], bits, 8)[0]
 
 
 @settings(max_examples=12, deadline=None)
 @given(sizes, st.sampled_from([1, 2, 3, 4]), st.booleans(), st.integers(0, 2**31))
-def test_what_lies_on_the_disk_restores_the_weight(size, bits, rotated, seed):
-    weight, hessian, (encoding, lost) = made(size, bits, rotated, seed)
+def test_what_lies_on_the_disk_restores_the_weight(size, bits, turned, seed):
+    weight, hessian, (encoding, lost) = made(size, bits, turned, seed)
     parts = encoding.parts()
     assert torch.equal(encoding.restore(parts), encoding.decode())
     assert encoding.shape == size == tuple(encoding.decode().shape)
-    stored = size[0] * size[1] * bits / 8 + 2 + (sum(size) / 8 if rotated else 0)
+    stored = size[0] * size[1] * bits / 8 + 2 + (sum(size) / 8 if turned else 0)
     assert stored <= encoding.bits_per_weight() * size[0] * size[1] / 8 <= stored + bits + 1
     error, moment = (weight - encoding.decode()).double(), hessian[0].double()
     moment = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
@@ -93,7 +93,7 @@ def test_what_lies_on_the_disk_restores_the_weight(size, bits, rotated, seed):
 
 def test_feedback_between_columns_loses_less_than_none():
     weight, hessian, (_, lost) = made((64, 16), 2, True, 0)
-    plain, _ = encode(weight, torch.eye(16)[None], 2, 8)
+    ((plain, _),) = encode([rotated(weight, torch.eye(16)[None])], 2, 8)
     error = weight - plain.decode()
     without = ((error @ hessian[0]) * error).sum() / ((weight @ hessian[0]) * weight).sum()
     assert lost < 0.8 * float(without)
@@ -121,9 +121,25 @@ def test_how_columns_are_taken():
 def test_a_hessian_that_is_singular_or_worse_is_named():
     weight = torch.randn(64, 8)
     partly = torch.stack([torch.eye(8), torch.zeros(8, 8)])
-    assert encode(weight, partly, 2, 8) is not None  # inputs of one group that are always zero
-    assert encode(weight, torch.zeros(1, 8, 8), 2, 8) is None
-    assert encode(weight, torch.ones(1, 8, 8), 2, 8) is not None  # damping helps
+    assert rotated(weight, partly) is not None  # inputs of one group that are always zero
+    assert rotated(weight, torch.ones(1, 8, 8)) is not None  # damping helps
+    assert rotated(weight, torch.zeros(1, 8, 8)) is None
+
+
+def test_layers_side_by_side_are_coded_as_each_alone():
+    generator = torch.Generator().manual_seed(5)
+    problems = []
+    for scale in (0.01, 1.0, 30.0):
+        given = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+        turns = signs(20, generator), signs(12, generator)
+        problems.append(
+            rotated(torch.randn(20, 12, generator=generator) * scale, (given.mT @ given)[None], 0.01, *turns)
+        )
+    together = encode(problems, 3, 8)
+    for problem, (encoding, lost) in zip(problems, together):
+        ((alone, lost_alone),) = encode([problem], 3, 8)
+        assert torch.equal(encoding.symbols, alone.symbols) and torch.equal(encoding.scale, alone.scale)
+        assert lost == pytest.approx(lost_alone, rel=1e-9)
 
 
 @pytest.mark.parametrize("task", [conv_task, transformer_task], ids=["conv", "transformer"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,48 +45,74 @@ def rotated_moment(hessian: Tensor, sign: Tensor) -> Tensor:
     return rotate(rotate(hessian, sign).mT, sign).mT
 
 
-def encode(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    window: int = 12,
-    damping: float = 0.01,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    rounds: int = 1,
-) -> tuple[Trellis, float] | None:
-    """The trellis code of `weight`, and its relative error `tr(E H E^T) / tr(W H W^T)` in units of `hessian`.
+@dataclass(frozen=True)
+class Rotated:
+    """A weight where it is coded: rotated, with what its Hessian says; float64.
 
-    `weight` is [rows, ...], `hessian` [groups, inputs, inputs] for as many groups of rows. `left` and `right` are the
-    signs of rotations of columns and rows (see `Trellis`). Columns are coded in order, each after what the earlier ones
-    lost is added to it (LDLQ with trellis codes, arXiv:2406.11235, algorithm 5). `rounds` times the scale is fitted to
-    the codes, and the columns coded anew; the best is given. None if the matrix is shorter than a window, or if the
-    damped Hessian is not positive definite.
+    `matrix` is [rows, columns], `moment` the damped Hessian [groups, columns, columns], `units` and `costs` its
+    `factors`, `shape` that of the weight, `left` and `right` the signs of the rotations (see `Trellis`).
     """
-    matrix = weight.detach().flatten(1).double()
-    moment = _damped(hessian.double(), damping)
+
+    matrix: Tensor
+    moment: Tensor
+    units: Tensor
+    costs: Tensor
+    shape: tuple[int, ...]
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def alike(self) -> tuple[int, int, int]:
+        """Weights for which this is equal can be coded side by side."""
+        return (*self.matrix.shape, len(self.moment))  # type: ignore[return-value]
+
+
+def rotated(
+    weight: Tensor, hessian: Tensor, damping: float = 0.01, left: Tensor | None = None, right: Tensor | None = None
+) -> Rotated | None:
+    """`weight` [rows, ...] and its `hessian` [groups, inputs, inputs], for as many groups of rows, ready to be coded.
+
+    None if the damped Hessian is not positive definite.
+    """
+    matrix, moment = weight.detach().flatten(1).double(), _damped(hessian.double(), damping)
     if right is not None:
         matrix, moment = rotate(matrix, _floats(right)), rotated_moment(moment, _floats(right))
     if left is not None:
         matrix = rotate(matrix.mT.contiguous(), _floats(left)).mT.contiguous()
-    found, shape = [factors(each) for each in moment], layout(len(matrix), matrix.shape[1], bits, window)
-    if shape is None or any(each is None for each in found):
+    found = [factors(each) for each in moment]
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
         return None
-    units, costs = (torch.stack([each[place] for each in found if each is not None]) for place in (0, 1))
-    table = code(torch.arange(2**window), window)
-    scale = (matrix.square().mean().sqrt() * math.sqrt(1 - 4.0**-bits)).half()
-    best: tuple[float, Trellis] | None = None
+    units, costs = (torch.stack([each[place] for each in known]) for place in (0, 1))
+    return Rotated(matrix, moment, units, costs, tuple(weight.shape), left, right)
+
+
+def encode(given: Sequence[Rotated], bits: int, window: int = 12, rounds: int = 1) -> list[tuple[Trellis, float]]:
+    """The trellis codes of weights that are `alike`, each with its relative error `tr(E H E^T) / tr(W H W^T)`.
+
+    Columns are coded in order, each after what the earlier ones lost is added to it (LDLQ with trellis codes,
+    arXiv:2406.11235, algorithm 5). `rounds` times the scale is fitted to the codes, and the columns coded anew; the
+    best is given. Raises `ValueError` if the matrix is shorter than a window.
+    """
+    matrix, moment = torch.stack([each.matrix for each in given]), torch.stack([each.moment for each in given])
+    units, costs = torch.stack([each.units for each in given]), torch.stack([each.costs for each in given])
+    shape = layout(matrix.shape[1], matrix.shape[2], bits, window)
+    if shape is None:
+        raise ValueError(f"{matrix[0].numel()} weights of {bits} bits are shorter than a window of {window} bits")
+    table, whole = code(torch.arange(2**window), window), _energy(matrix, moment).clamp_min(1e-300)
+    scale = (matrix.square().mean((1, 2)).sqrt() * math.sqrt(1 - 4.0**-bits)).half()
+    best: list[tuple[Trellis, float] | None] = [None] * len(given)
     for _ in range(rounds + 1):
-        symbols, values = _columns(matrix, units, costs, float(scale), table, bits, shape)
+        symbols, values = _columns(matrix, units, costs, scale.double(), table, bits, shape)
         fitted = _fitted(matrix, values, moment).half()
-        for each in {float(scale), float(fitted)}:
-            loss = _loss(matrix - values * each, moment)
-            if best is None or loss < best[0]:
-                made = Trellis(symbols, torch.tensor([each]).half(), tuple(weight.shape), bits, window, left, right)
-                best = loss, made
+        for tried in (scale, fitted):
+            losses = (_energy(matrix - values * tried.double()[:, None, None], moment) / whole).tolist()
+            for place, (each, before, loss) in enumerate(zip(given, best, losses)):
+                if before is None or loss < before[1]:
+                    kept = tried[place : place + 1].clone()
+                    best[place] = Trellis(symbols[place], kept, each.shape, bits, window, each.left, each.right), loss
         scale = fitted
-    assert best is not None
-    return best[1], best[0] / _loss(matrix, moment)
+    return [each for each in best if each is not None]
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
@@ -99,43 +127,47 @@ def _floats(sign: Tensor) -> Tensor:
 
 
 def _columns(
-    matrix: Tensor, units: Tensor, costs: Tensor, scale: float, table: Tensor, bits: int, shape: tuple[int, int]
+    matrix: Tensor, units: Tensor, costs: Tensor, scale: Tensor, table: Tensor, bits: int, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Code `matrix` [rows, columns] column after column: the symbols [sequences, steps], and the values they stand for.
+    """Code `matrix` [layers, rows, columns] column after column: symbols [layers, sequences, steps], and their values.
 
-    `units` and `costs` are `factors` of the Hessian of each group of rows. A tile of columns should miss by
+    `units` and `costs` are `factors` of the Hessian of each layer and group of rows. A tile of columns should miss by
     `-E U[before, tile] / U[tile, tile]` if E is what those before it miss by: then all that is lost is its own error.
     """
-    together, steps = shape
-    groups, errors, values = len(units), torch.zeros_like(matrix), torch.zeros_like(matrix)
-    grouped = errors.view(groups, -1, errors.shape[1])
+    (layers, rows, columns), groups, (together, steps) = matrix.shape, units.shape[1], shape
+    window, errors, values = len(table).bit_length() - 1, torch.zeros_like(matrix), torch.zeros_like(matrix)
+    grouped, scale = errors.view(layers, groups, -1, columns), scale[:, None, None]
     symbols = []
-    for start in range(0, matrix.shape[1], together):
+    for start in range(0, columns, together):
         tile = slice(start, start + together)
-        wanted = grouped[:, :, :start] @ units[:, :start, tile]
-        wanted = torch.linalg.solve_triangular(units[:, tile, tile], wanted, upper=True, left=False, unitriangular=True)
-        target = (matrix[:, tile] + wanted.reshape(-1, together)) / max(scale, torch.finfo(torch.float16).tiny)
-        weight = costs[:, None, tile].expand(-1, len(matrix) // groups, -1).reshape(-1, together)
-        alike = together == 1 and groups == 1
-        weights = None if alike else _sequences(weight / weight.mean(), steps)
-        chosen = tail_biting(_sequences(target, steps), table, bits, weights)
-        values[:, tile] = table[windows(chosen.mT, bits, table.numel().bit_length() - 1)].view(together, -1).mT
-        errors[:, tile] = matrix[:, tile] - values[:, tile] * scale
-        symbols.append(chosen.mT)
-    return torch.cat(symbols), values
+        wanted = grouped[..., :start] @ units[:, :, :start, tile]
+        own = units[:, :, tile, tile]
+        wanted = torch.linalg.solve_triangular(own, wanted, upper=True, left=False, unitriangular=True)
+        target = (matrix[:, :, tile] + wanted.view(layers, rows, -1)) / scale.clamp_min(torch.finfo(torch.float16).tiny)
+        weights = None
+        if together > 1 or groups > 1:
+            weights = costs[:, :, None, tile].expand(-1, -1, rows // groups, -1).reshape(layers, rows, -1)
+            weights = _sequences(weights / weights.mean((1, 2), keepdim=True), steps)
+        chosen = tail_biting(_sequences(target, steps), table, bits, weights).mT
+        values[:, :, tile] = table[windows(chosen, bits, window)].view(layers, together, rows).mT.double()
+        errors[:, :, tile] = matrix[:, :, tile] - values[:, :, tile] * scale
+        symbols.append(chosen.reshape(layers, -1, steps))
+    return torch.cat(symbols, 1), values
 
 
 def _sequences(tile: Tensor, steps: int) -> Tensor:
-    """A tile [rows, columns], column after column, cut into sequences: [steps, sequences], float32."""
+    """Tiles [layers, rows, columns], column after column, cut into sequences: [steps, sequences], float32."""
     return tile.mT.reshape(-1, steps).mT.float()
 
 
 def _fitted(matrix: Tensor, values: Tensor, moment: Tensor) -> Tensor:
-    """The scale of least loss for these values."""
-    grouped = values.view(len(moment), -1, values.shape[1]) @ moment
-    return (grouped.view_as(matrix) * matrix).sum() / (grouped.view_as(values) * values).sum().clamp_min(1e-300)
+    """The scale of least loss for these values, one per layer."""
+    layers, groups, columns = len(matrix), moment.shape[1], matrix.shape[2]
+    weighted = (values.view(layers, groups, -1, columns) @ moment).view_as(values)
+    return (weighted * matrix).sum((1, 2)) / (weighted * values).sum((1, 2)).clamp_min(1e-300)
 
 
-def _loss(error: Tensor, moment: Tensor) -> float:
-    grouped = error.view(len(moment), -1, error.shape[1])
-    return float(((grouped @ moment) * grouped).sum())
+def _energy(matrix: Tensor, moment: Tensor) -> Tensor:
+    """`tr(M H M^T)` of each layer."""
+    grouped = matrix.view(len(matrix), moment.shape[1], -1, matrix.shape[2])
+    return ((grouped @ moment) * grouped).sum((1, 2, 3))

@@ -20,9 +20,10 @@ from .allocation import DISTORTION, allocate, cost
 from .dynamic import called_layers, sharers
 from .fisher import loss_hessians
 from .hessian import OBSERVED, hessians
-from .incoherent import encode, layout, signs
+from .incoherent import Rotated, encode, layout, rotated, signs
 
 HELD_BYTES = 2**28  # of Hessians at once
+SIDE_BY_SIDE = 2**20  # weights of layers that are searched at once
 
 
 class HeldTrellis(Held, kind="trellis"):
@@ -104,7 +105,7 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
     weighting: Literal["loss", "inputs"] = "loss"
     rotate: bool = True
     rounds: Annotated[int, Field(ge=0, le=10)] = 1
-    passes: Annotated[int, Field(ge=1)] = 4
+    passes: Annotated[int, Field(ge=1)] = 1
 
     @classmethod
     def sample(cls) -> dict[str, Any]:
@@ -125,9 +126,7 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
         bits = self._bits(model, names, ctx)
         for some in _in_passes(names, modules, self.passes):
             collect = loss_hessians if self.weighting == "loss" else hessians
-            found = collect(model, some, ctx)
-            for name in ctx.progress.track(some, "searching paths", len(some)):
-                self._code(name, modules[name], bits[name], found.pop(name), generator, ctx)
+            self._code(modules, {name: bits[name] for name in some}, collect(model, some, ctx), generator, ctx)
         return model
 
     def _bits(self, model: nn.Module, names: list[str], ctx: Context) -> dict[str, int]:
@@ -160,21 +159,41 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
         return found
 
     def _code(
-        self, name: str, layer: nn.Module, bits: int, hessian: Tensor, generator: torch.Generator, ctx: Context
+        self,
+        modules: dict[str, nn.Module],
+        bits: dict[str, int],
+        hessian: dict[str, Tensor],
+        generator: torch.Generator,
+        ctx: Context,
     ) -> None:
-        """Put the code of its weight on one layer."""
-        weight = _weight(layer).detach()
-        rows, columns = weight.shape[0], weight[0].numel()
-        right = signs(columns, generator) if self.rotate else None
-        left = signs(rows, generator) if self.rotate and len(hessian) == 1 else None
-        found = encode(weight.cpu(), hessian.cpu(), bits, self.window, self.damping, left, right, self.rounds)
-        if found is None:
-            ctx.leave(name, f"its Hessian is not positive definite at damping={self.damping}; raise it")
-            return
-        code, lost = found
-        link = HeldTrellis(code, dtype=str(weight.dtype).removeprefix("torch.")).to(weight.device)
-        parametrize.register_parametrization(layer, "weight", link, unsafe=True)
-        ctx.change(name, f"{code.bits_per_weight():.2f} bits per weight, {100 * lost:.2g}% of the output energy lost")
+        """Put the codes of their weights on the layers named in `bits`; those alike are searched side by side."""
+        alike: dict[Any, list[tuple[str, Rotated]]] = {}
+        for name, given in bits.items():
+            found = self._rotated(_weight(modules[name]).detach().cpu(), hessian.pop(name).cpu(), generator)
+            if found is None:
+                ctx.leave(name, f"its Hessian is not positive definite at damping={self.damping}; raise it")
+            else:
+                alike.setdefault((given, found.alike), []).append((name, found))
+        for (given, _), some in ctx.progress.track(alike.items(), "searching paths", len(alike)):
+            count = max(1, SIDE_BY_SIDE // some[0][1].matrix.numel())
+            for start in range(0, len(some), count):
+                part = some[start : start + count]
+                codes = encode([each for _, each in part], given, self.window, self.rounds)
+                for (name, _), (code, lost) in zip(part, codes):
+                    _hold(modules[name], code)
+                    how = f"{code.bits_per_weight():.2f} bits per weight, {100 * lost:.2g}% of the output energy lost"
+                    ctx.change(name, how)
+
+    def _rotated(self, weight: Tensor, hessian: Tensor, generator: torch.Generator) -> Rotated | None:
+        right = signs(weight[0].numel(), generator) if self.rotate else None
+        left = signs(len(weight), generator) if self.rotate and len(hessian) == 1 else None
+        return rotated(weight, hessian, self.damping, left, right)
+
+
+def _hold(layer: nn.Module, code: Trellis) -> None:
+    weight = _weight(layer)
+    link = HeldTrellis(code, dtype=str(weight.dtype).removeprefix("torch.")).to(weight.device)
+    parametrize.register_parametrization(layer, "weight", link, unsafe=True)
 
 
 def obstacle(layer: nn.Module, bits: int, window: int) -> str:
