@@ -12,10 +12,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Result, apply, compress, load, measure, save
+    from .api import Result, apply, compress, diagnose, load, measure, save
     from .core.axis import Axis, Bench
     from .core.context import Context
     from .core.data import Arrays
+    from .core.diagnosis import Diagnosis
     from .core.encoding import Encoding
     from .core.errors import (
         ArtifactError,
@@ -42,10 +43,11 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "api": ("Result", "apply", "compress", "load", "measure", "save"),
+    "api": ("Result", "apply", "compress", "diagnose", "load", "measure", "save"),
     "core.axis": ("Axis", "Bench"),
     "core.context": ("Context",),
     "core.data": ("Arrays",),
+    "core.diagnosis": ("Diagnosis",),
     "core.encoding": ("Encoding",),
     "core.errors": (
         "ArtifactError",
@@ -80,6 +82,7 @@ __all__ = [
     "Between",
     "Budget",
     "Context",
+    "Diagnosis",
     "Encoding",
     "FeatherweightError",
     "Infeasible",
@@ -106,6 +109,7 @@ __all__ = [
     "__version__",
     "apply",
     "compress",
+    "diagnose",
     "load",
     "measure",
     "ready_made",
