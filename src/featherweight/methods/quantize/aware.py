@@ -34,8 +34,8 @@ class AwareQuantization(LayerStep, Schedule, kind="quantize.aware"):
     Batch norms are kept while the model trains and folded afterwards, which leaves the integers as they are. In the
     last part of the training, `freeze`, their statistics and the ranges of activations stay as they are; with 1 norms
     are folded first. `precision` "bfloat16" multiplies in 16 bits while training, 1.7 times as fast where the processor
-    has instructions for it. The model becomes a captured graph: it can still be trained, not reshaped. Raises `NotFinite`
-    if calibration or the loss meets NaN, `TaskError` without training data.
+    has instructions for it. The model becomes a captured graph: it can still be trained, not reshaped. Raises
+    `NotFinite` if calibration or the loss meets NaN, `TaskError` without training data.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE | Trait.TRAINABLE
