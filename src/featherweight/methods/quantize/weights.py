@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -44,9 +45,10 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     much before it rounds. `group` neighbours share a float16 scale (None: a whole row). `symmetric` stores no zero
     points; with 2 bits and 1 its grid has half steps. `clipping` searches the scales of least (weighted) error.
     With GPTQ `act_order` rounds large inputs first, `damping` is the share of the mean diagonal added to the Hessian,
-    `beam` beginnings of each row are kept, `refine` times scales are fitted to the integers, and `compensate` measures
-    the error from where the original network was: the blocks of a model are gone through one after the other, each
-    with inputs from the rounded ones before it. `embeddings` are stored too, rounded to nearest (or `hqq`).
+    `beam` beginnings of each row are kept, `refine` times scales are fitted to the integers, `scaling` scales inputs as
+    AWQ does before, and `compensate` measures the error from where the original network was. The blocks of a model are
+    gone through one after the other, each with inputs from the rounded ones before it. `embeddings` are stored too,
+    rounded to nearest (or `hqq`). `other_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
     Raises `RecipeError` if `group` divides no chosen layer, `NotFinite` if calibration meets NaN.
     """
 
@@ -67,27 +69,42 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     beam: Annotated[int, Field(ge=1, le=256)] = 8
     refine: Annotated[int, Field(ge=0, le=20)] = 3
     compensate: bool = True
+    scaling: bool = False
     embeddings: bool = False
+    other_bits: dict[str, Bits] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits(self) -> WeightQuantization:
-        if self.format == "nf4" and self.bits != 4:
+        bits = {self.bits, *self.other_bits.values()}
+        if self.format == "nf4" and bits != {4}:
             raise ValueError("the format nf4 has 4 bits; set bits: 4")
         if self.format == "nf4" and self.symmetric:
             raise ValueError("the format nf4 has a table of its own; leave symmetric out")
-        if self.method == "hqq" and (self.format == "nf4" or self.symmetric or self.bits in (1, "ternary")):
+        if self.method == "hqq" and (self.format == "nf4" or self.symmetric or bits & {1, "ternary"}):
             raise ValueError("hqq finds zero points: it needs format affine, symmetric false and 2 bits or more")
         return self
 
     def forms(self) -> frozenset[str]:
+        return frozenset(self._form(bits) for bits in (self.bits, *self.other_bits.values()))
+
+    def _form(self, bits: Bits) -> str:
         if self.format == "nf4":
-            return frozenset({"codebook4"})
-        if self.bits == "ternary":
-            return frozenset({"int2"})
-        return frozenset({f"{'int' if self.symmetric and self.bits > 2 else 'uint'}{self.bits}"})
+            return "codebook4"
+        if bits == "ternary":
+            return "int2"
+        return f"{'int' if self.symmetric and bits > 2 else 'uint'}{bits}"
+
+    def bits_of(self, name: str) -> Bits:
+        """The bits of the layer called `name`: those of the first glob in `other_bits` that matches, else `bits`."""
+        return next((bits for glob, bits in self.other_bits.items() if fnmatchcase(name, glob)), self.bits)
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        matrices = {matrix.name: matrix for matrix in chosen_matrices(self, model, ctx)}
+        matrices = {}
+        for matrix in chosen_matrices(self, model, ctx):
+            if matrix.keep is not None and not self._has_zero(matrix.name):
+                ctx.leave(matrix.name, "it is pruned, and this grid has no 0")
+            else:
+                matrices[matrix.name] = matrix
         self._check_group(list(matrices.values()))
         waiting = dict(matrices)
         if self.method in ("gptq", "awq") and matrices:
@@ -97,6 +114,11 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         for matrix in list(waiting.values()):
             self._round(waiting.pop(matrix.name), None, ctx)
         return model
+
+    def _has_zero(self, name: str) -> bool:
+        """Whether 0 is a point of every grid of this layer."""
+        bits = self.bits_of(name)
+        return self.method != "hqq" and bits != 1 and not (self.symmetric and bits == 2)
 
     def _check_group(self, matrices: list[Matrix]) -> None:
         if self.group is not None and matrices and not any(m.columns % self.group == 0 for m in matrices):
@@ -114,14 +136,15 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         if not inside:
             return
         found = stages(block, inside)
-        if self.method == "awq":
+        original = copied(block.module) if self.compensate and self.method == "gptq" else None
+        if self.method == "awq" or self.scaling:
             moments = {name: each for stage in found for name, each in gather(block, None, stage).items()}
             for stage in found:
                 self._scale(block, stage, waiting, moments, ctx)
+        if self.method == "awq":
             for name, each in moments.items():
                 self._round(waiting.pop(prefix + name), each, ctx)
             return
-        original = copied(block.module) if self.compensate else None
         for stage in found:
             for name, each in gather(block, original, stage).items():
                 self._round(waiting.pop(prefix + name), each, ctx)
@@ -178,27 +201,29 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
             importance = moments.mean()[0].diagonal() if moments is not None and moments.mean().shape[0] == 1 else None
             grid = self._grid(weight, matrix, importance)
             found = grid.nearest(weight), grid
-        hold(matrix, *found, 2 if self.bits == "ternary" else self.bits)
+        bits = self.bits_of(matrix.name)
+        hold(matrix, *found, 2 if bits == "ternary" else bits)
         ctx.change(matrix.name, f"{matrix.form()}, {matrix.grouping(self.group)}, {how}")
 
     def _grid(self, weight: Tensor, matrix: Matrix, importance: Tensor | None, candidates: int = 40) -> Grid:
         """The grid of a matrix: over its range, then with what is searched."""
-        grid = self._by_range(weight, matrix.group(self.group))
+        bits = self.bits_of(matrix.name)
+        grid = self._by_range(weight, matrix.group(self.group), bits)
         if self.method == "hqq":
             return half_quadratic(weight, grid.stored()).stored()
-        if self.clipping or self.bits in (1, "ternary"):
+        if self.clipping or bits in (1, "ternary"):
             grid = clipped(weight, grid, importance, candidates)
         return grid.stored()
 
-    def _by_range(self, weight: Tensor, group: int) -> Grid:
+    def _by_range(self, weight: Tensor, group: int, bits: Bits) -> Grid:
         if self.format == "nf4":
             return table_by_range(weight, group, NF4)
-        if self.bits == "ternary":
+        if bits == "ternary":
             return ternary_by_range(weight, group)
-        if self.bits == 1 or (self.symmetric and self.bits == 2):
-            return centred_by_range(weight, group, self.bits)
+        if bits == 1 or (self.symmetric and bits == 2):
+            return centred_by_range(weight, group, bits)
         make = symmetric_by_range if self.symmetric else affine_by_range
-        return make(weight, group, self.bits)
+        return make(weight, group, bits)
 
     def _gptq(self, weight: Tensor, matrix: Matrix, moments: Moments, ctx: Context) -> tuple[Tensor, Grid]:
         """Integers and grid by GPTQ, one part of a grouped convolution after the other."""
