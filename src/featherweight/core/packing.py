@@ -15,11 +15,18 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     """
     import torch
 
-    flat = values.reshape(-1).to(torch.int32)
+    flat = values.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < 2**bits:
         raise ValueError(f"values must be from 0 to {2**bits - 1} to be packed in {bits} bits")
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
-    stream = (flat[:, None] >> torch.arange(bits, dtype=torch.int32, device=flat.device)) & 1
+    parts = [_packed(part, bits) for part in flat.split(2**20)]  # apart: a bit takes four bytes while it is packed
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
+
+
+def _packed(flat: Tensor, bits: int) -> Tensor:
+    import torch
+
+    padded = torch.nn.functional.pad(flat.to(torch.int32), (0, -flat.numel() % 8))
+    stream = (padded[:, None] >> torch.arange(bits, dtype=torch.int32, device=flat.device)) & 1
     weight = 1 << torch.arange(8, dtype=torch.int32, device=flat.device)
     return (stream.reshape(-1, 8) * weight).sum(1).to(torch.uint8)
 
