@@ -79,25 +79,38 @@ def repeated(model: nn.Module) -> list[str]:
     return best
 
 
-def walk(model: nn.Module, calls: list[Callable[[], Any]], real: list[Tensor | None]) -> Iterator[Block]:
+def walk(
+    model: nn.Module,
+    calls: list[Callable[[], Any]],
+    real: list[Tensor | None],
+    enter: Callable[[str], None] | None = None,
+    leave: Callable[[str], None] | None = None,
+) -> Iterator[Block]:
     """The repeated blocks of `model` in order. The caller may change each in place before it asks for the next.
 
     `calls` run the model on one batch each. Only the calls of one block are held at a time. Gives nothing where the
     model has no blocks that follow each other: each must get the output of the one before it as its first argument,
-    and the same other arguments.
+    and the same other arguments. With `enter`, which brings the tensors of the block called so into memory, and
+    `leave`, which takes them out again, the model need not be there as a whole; that its blocks follow each other is
+    then not checked.
     """
     names = repeated(model)
-    if not names or not calls or not _follow(model, names, calls[0]):
+    if not names or not calls or (enter is None and not _follow(model, names, calls[0])):
         return
     streams = [_first_call(model, names[0], call) for call in calls]
     original = list(streams)
     for name in names:
+        if enter is not None:
+            enter(name)
         module = model.get_submodule(name)
         yielded = Block(name, module, streams, original, real)
         before = [_output(module, call) for call in original]
         yield yielded
         streams = [_next(call, _output(module, call)) for call in streams]
         original = [_next(call, output) for call, output in zip(original, before)]
+        del yielded, module, before
+        if leave is not None:
+            leave(name)
 
 
 @torch.no_grad()

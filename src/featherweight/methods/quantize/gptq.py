@@ -69,7 +69,7 @@ def in_order(weight: Tensor, grid: Grid, unit: Tensor, order: Tensor, keep: Tens
                 target = torch.addmv(target, error[start:column].t(), unit[start:column, column])
             integers = grid.round(target, scale[place], zero[place])
             if holes is not None:
-                integers = torch.where(holes[column], zero[place], integers)
+                integers = torch.where(holes[column], grid.origin(zero[place]), integers)
             found[column] = integers
             torch.sub(columns[column], grid.value(integers, scale[place], zero[place]), out=error[column])
     result = torch.empty_like(found)

@@ -52,6 +52,10 @@ class Grid:
         """The points in units of the scale."""
         return integers - zero if self.table is None else self.table[integers.long()]
 
+    def origin(self, zero: Tensor) -> Tensor:
+        """The integers (as floats) that stand for 0, where the grid has it; shaped as `zero`."""
+        return zero if self.table is None else torch.full_like(zero, float(self.table.abs().argmin()))
+
     def zeros(self) -> Tensor:
         """The zero points as [rows, groups]."""
         return self.zero.expand_as(self.scale)

@@ -105,11 +105,11 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
                 ctx.leave(matrix.name, "it is pruned, and this grid has no 0")
             else:
                 matrices[matrix.name] = matrix
-        self._check_group(list(matrices.values()))
+        self.check_group(list(matrices.values()))
         waiting = dict(matrices)
         if self.method in ("gptq", "awq") and matrices:
             for block in ctx.blocks(model):
-                self._block(block, waiting, ctx)
+                self.quantize_block(block, waiting, ctx)
             self._rest(model, waiting, ctx)
         for matrix in list(waiting.values()):
             self._round(waiting.pop(matrix.name), None, ctx)
@@ -120,7 +120,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         bits = self.bits_of(name)
         return self.method != "hqq" and bits != 1 and not (self.symmetric and bits == 2)
 
-    def _check_group(self, matrices: list[Matrix]) -> None:
+    def check_group(self, matrices: list[Matrix]) -> None:
         if self.group is not None and matrices and not any(m.columns % self.group == 0 for m in matrices):
             sizes = ", ".join(str(size) for size in sorted({m.columns for m in matrices})[:6])
             raise RecipeError(
@@ -129,7 +129,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
             )
 
     # -- the layers of a block, and the others ---------------------------------------------------------------------
-    def _block(self, block: Block, waiting: dict[str, Matrix], ctx: Context) -> None:
+    def quantize_block(self, block: Block, waiting: dict[str, Matrix], ctx: Context) -> None:
         """Quantize the chosen layers of one block, in the order in which they run."""
         prefix = f"{block.name}."
         inside = [name.removeprefix(prefix) for name in waiting if name.startswith(prefix) and not waiting[name].lookup]
