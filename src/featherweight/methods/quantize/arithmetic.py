@@ -70,8 +70,12 @@ def affine_of_range(low: float, high: float, bits: int = 8) -> tuple[float, int]
 
 def symmetric_of_range(low: float, high: float, bits: int = 8) -> tuple[float, int]:
     """Scale and zero point of an unsigned grid whose zero is in the middle and which reaches as far as low...high does
-    from 0 (arXiv:1806.08342, section 2.2). Raises `ValueError` if the range is not finite or empty.
+    from 0, or begins at zero where nothing lies below (arXiv:1806.08342, section 2.2).
+
+    Raises `ValueError` if the range is not finite or empty.
     """
+    if not low < 0:
+        return affine_of_range(low, high, bits)
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ValueError(f"{low}...{high} is no finite range")
     scale = max(-low, high, 0.0) / limits(bits)[1]

@@ -73,9 +73,10 @@ def activation_range(
     histogram: Histogram, method: Calibration, percentile: float = 99.99, bits: int = 8, symmetric: bool = False
 ) -> tuple[float, float]:
     """The range of an activation, zero included, that a grid of `bits` is spread over; equal on both sides of zero if
-    `symmetric`.
+    `symmetric`, unless nothing lies below zero.
     """
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    symmetric = symmetric and low < 0
     if symmetric:
         low, high = -max(-low, high), max(-low, high)
     if method == "minmax" or histogram.width == 0.0:

@@ -65,12 +65,12 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
     calibration: Annotated[Calibration, OneOf("minmax", "percentile", "mse", "entropy")] = "minmax"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     symmetric: bool = False
-    weights: Annotated[Literal["max", "mse"], OneOf("max", "mse")] = "max"
+    weights: Annotated[Literal["max", "mse"], OneOf("max", "mse")] = "mse"
     equalize: bool = False
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
     rounding: Literal["nearest", "adaptive", "block"] = "nearest"
     iterations: Annotated[int, Field(ge=1)] = 1000
-    bias_correction: bool = False
+    bias_correction: bool = True
 
     def forms(self) -> frozenset[str]:
         return frozenset({f"int{self.bits}"})

@@ -14,6 +14,7 @@ from .attention import turn_keys
 from .biases import quantize_biases
 from .convolution import absorb_padding, pad_channels
 from .edit import Editor
+from .kernels import byte_weights, pack
 from .linear import look_up, multiply_dynamic, multiply_static, restore_floats
 from .narrow import use_blocks
 from .restore import restore
@@ -43,8 +44,11 @@ def lower(
     check_read(edit, stored)
     narrow = {name: encoding for name, encoding in stored.items() if not whole_bytes(encoding)}
     in_blocks = use_blocks(edit, narrow, multiply)
-    restore(model, edit, {name: encoding for name, encoding in narrow.items() if name not in in_blocks}, opset)
-    place(edit, {name: stored[name] for name in stored if name not in narrow}, parameters - set(narrow))
+    in_bytes = byte_weights(edit, {name: encoding for name, encoding in narrow.items() if name not in in_blocks})
+    others = {name: encoding for name, encoding in narrow.items() if name not in in_blocks and name not in in_bytes}
+    restore(model, edit, others, opset)
+    whole = {name: stored[name] for name in stored if name not in narrow or name in in_bytes}
+    place(edit, whole, parameters - (set(narrow) - set(in_bytes)))
     if signed:
         make_signed(edit)
     pool_means(edit)
@@ -59,6 +63,7 @@ def lower(
     if not signed:
         pad_channels(edit)
     restore_floats(edit, multiply)
+    pack(model, edit, in_bytes, opset)
     edit.sweep()
     shrink(model, {name for name in model.graph.initializers if set(weights_in(name)) & parameters})
     model.metadata_props.update({name: note for name, note in edit.notes.items() if name in model.graph.initializers})
