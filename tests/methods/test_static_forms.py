@@ -1,4 +1,4 @@
-"""quantize.static beyond 8-bit convolutions: few bits, embeddings, recurrent, grouped and transposed layers, bad data."""
+"""quantize.static beyond 8-bit convolutions: few bits, embeddings, recurrent and transposed layers, bad data."""
 
 import pytest
 import torch
