@@ -54,8 +54,8 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     average bits per weight with scales and zero points counted; "float_macs" is the share of multiply-accumulates that
     stay in floats, which is what integer kernels cannot speed up (needs `activations` "int8"); "drop" is what the
     metric may lose on the validation split, measured, in its own unit: the smallest model within it is found by
-    bisection. `activations` "float" stores weights by `quantize.weights` with `method` and `group`, "int8" computes on
-    integers by `quantize.static`. Raises `RecipeError` if even the fewest bits exceed the budget.
+    bisection. `activations` "float" stores weights by `quantize.weights` with `method`, `group` and `symmetric`,
+    "int8" computes on integers by `quantize.static`. Raises `RecipeError` if even the fewest bits exceed the budget.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -70,6 +70,7 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     activations: Literal["float", "int8"] = "float"
     method: Literal["rtn", "hqq", "gptq", "awq"] = "gptq"
     group: Annotated[int | None, Field(ge=2)] = 32
+    symmetric: bool = False
     inputs: Annotated[int, Field(ge=1)] = 256
 
     @model_validator(mode="after")
@@ -164,7 +165,7 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
         given: dict[str, Any] = {"bits": bits, "only": self.only, "skip": self.skip, **settings}
         if self.activations == "int8":
             return StaticQuantization(ends=bits, weights="mse", **given)
-        return WeightQuantization(group=self.group, method=self.method, **given)
+        return WeightQuantization(group=self.group, method=self.method, symmetric=self.symmetric, **given)
 
     def _build(self, model: nn.Module, chosen: dict[str, Option], ctx: Context) -> nn.Module:
         widths = {layer: bits for layer, bits in chosen.items() if bits is not None}
