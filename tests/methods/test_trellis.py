@@ -14,10 +14,10 @@ from featherweight.core.context import Context, run_step
 from featherweight.core.errors import TaskError
 from featherweight.core.soft import encodings, fold
 from featherweight.core.step import step
-from featherweight.core.trellis import Trellis, code, hadamard, rotate, windows
+from featherweight.core.trellis import Trellis, code, hadamard, rotate, turn, unturn, windows
 from featherweight.methods.quantize.allocation import DISTORTION, allocate
 from featherweight.methods.quantize.fisher import loss_hessians
-from featherweight.methods.quantize.incoherent import encode, layout, rotated, signs
+from featherweight.methods.quantize.incoherent import encode, layout, rotated
 from featherweight.methods.quantize.viterbi import tail_biting
 from featherweight.model.skeleton import load, save
 
@@ -53,10 +53,29 @@ def test_the_code_gives_each_state_an_own_sample_of_the_gaussian(window):
 @given(st.integers(1, 200), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_a_rotation_is_orthonormal_and_undone(size, seed):
-    sign = signs(size, torch.Generator().manual_seed(seed)).double() * 2 - 1
+    sign = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
     matrix = rotate(torch.eye(size, dtype=torch.float64), sign)
     assert torch.allclose(matrix @ matrix.mT, torch.eye(size, dtype=torch.float64))
     assert torch.allclose(rotate(matrix, sign, back=True), torch.eye(size, dtype=torch.float64))
+
+
+@given(st.floats(2**-4, 2**3.5), st.booleans())
+def test_signs_and_magnitudes_take_five_bits(magnitude, positive):
+    turns = turn(torch.tensor([positive]), torch.tensor([magnitude]))
+    sign, found = unturn(turns)
+    assert int(turns) < 32 and float(sign) == (1 if positive else -1)
+    assert 2**-0.251 <= float(found) / magnitude <= 2**0.251
+
+
+def test_rows_that_matter_more_are_coded_finer():
+    generator = torch.Generator().manual_seed(0)
+    weight, outputs = torch.randn(64, 32, generator=generator), torch.ones(64)
+    outputs[:8] = 1000.0
+    plain, minded = (rotated(weight, torch.eye(32)[None], 0.01, generator, each) for each in (None, outputs))
+    errors = [
+        ((weight - encode([each], 2, 8)[0][0].decode()).square().mean(1) * outputs).sum() for each in (plain, minded)
+    ]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_the_hadamard_transform_is_its_matrix():
@@ -72,8 +91,8 @@ def made(size: tuple[int, int], bits: int, turned: bool, seed: int, groups: int 
     weight = torch.randn(size, generator=generator) * 0.1
     given = torch.randn(groups, 300, size[1], generator=generator) @ torch.randn(size[1], size[1], generator=generator)
     hessian = given.mT @ given / 300
-    left, right = (signs(count, generator) if turned else None for count in size)
-    return weight, hessian, encode([rotated(weight, hessian, 0.01, left, right)], bits, 8)[0]
+    found = rotated(weight, hessian, 0.01, generator if turned else None)
+    return weight, hessian, encode([found], bits, 8)[0]
 
 
 @settings(max_examples=12, deadline=None)
@@ -83,11 +102,13 @@ def test_what_lies_on_the_disk_restores_the_weight(size, bits, turned, seed):
     parts = encoding.parts()
     assert torch.equal(encoding.restore(parts), encoding.decode())
     assert encoding.shape == size == tuple(encoding.decode().shape)
-    stored = size[0] * size[1] * bits / 8 + 2 + (sum(size) / 8 if turned else 0)
-    assert stored <= encoding.bits_per_weight() * size[0] * size[1] / 8 <= stored + bits + 1
+    stored = size[0] * size[1] * bits / 8 + 2 + (sum(size) * 5 / 8 if turned else 0)
+    assert stored <= encoding.bits_per_weight() * size[0] * size[1] / 8 <= stored + bits + 5
     error, moment = (weight - encoding.decode()).double(), hessian[0].double()
     moment = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
-    wanted = ((error @ moment) * error).sum() / ((weight.double() @ moment) * weight.double()).sum()
+    rows = torch.ones(size[0]) if encoding.left is None else unturn(encoding.left)[1]
+    error, whole = (each.double() / rows[:, None].double() for each in (error, weight))
+    wanted = ((error @ moment) * error).sum() / ((whole @ moment) * whole).sum()
     assert lost == pytest.approx(float(wanted), rel=1e-3)
 
 
@@ -131,10 +152,8 @@ def test_layers_side_by_side_are_coded_as_each_alone():
     problems = []
     for scale in (0.01, 1.0, 30.0):
         given = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
-        turns = signs(20, generator), signs(12, generator)
-        problems.append(
-            rotated(torch.randn(20, 12, generator=generator) * scale, (given.mT @ given)[None], 0.01, *turns)
-        )
+        weight = torch.randn(20, 12, generator=generator) * scale
+        problems.append(rotated(weight, (given.mT @ given)[None], 0.01, generator))
     together = encode(problems, 3, 8)
     for problem, (encoding, lost) in zip(problems, together):
         ((alone, lost_alone),) = encode([problem], 3, 8)
@@ -179,7 +198,7 @@ def test_inputs_that_the_loss_does_not_see_have_no_weight():
     ctx = Context(task, device=CPU)
     found = loss_hessians(task.original, ["wide", "head"], ctx)
     seen: dict[str, list[torch.Tensor]] = {}
-    total = torch.zeros(32, 32, dtype=torch.float64)
+    total, outputs = torch.zeros(32, 32, dtype=torch.float64), torch.zeros(48, dtype=torch.float64)
     for batch in task.batches("calibrate"):
         handle = task.original.wide.register_forward_hook(lambda _m, given, out: seen.update(call=[given[0], out]))
         loss = task.loss(task.call(task.original, batch), batch)
@@ -188,7 +207,9 @@ def test_inputs_that_the_loss_does_not_see_have_no_weight():
         (gradient,) = torch.autograd.grad(loss, [output])
         weights = gradient.flatten(0, 1).double().square().sum(1)
         total += (rows.detach().double() * weights[:, None]).mT @ rows.detach().double()
-    assert torch.allclose(found["wide"][0].double(), total, rtol=1e-4, atol=1e-4 * float(total.abs().max()))
+        outputs += gradient.flatten(0, 1).double().square().sum(0)
+    assert torch.allclose(found["wide"][0][0].double(), total, rtol=1e-4, atol=1e-4 * float(total.abs().max()))
+    assert torch.allclose(found["wide"][1].double(), outputs, rtol=1e-4)
 
 
 def test_a_layer_that_the_loss_does_not_reach_is_an_error():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LINEAR, SQUARE = 1207, 156
 TUKEY = 0.135  # exponent with which Tukey's lambda distribution comes closest to the Gaussian
 TUKEY_UNIT = 0.1975
+TURN_BITS = 5
 
 
 def code(states: Tensor, window: int) -> Tensor:
@@ -88,14 +89,30 @@ def rotate(rows: Tensor, signs: Tensor, back: bool = False) -> Tensor:
     return tail(head(rows * signs) * signs.flip(0))
 
 
+def turn(sign: Tensor, magnitude: Tensor) -> Tensor:
+    """What one row or column needs to be turned back, in 5 bits (uint8): its sign (True for +1) and a power of sqrt(2).
+
+    Magnitudes are rounded to the nearest of 2**-4, 2**-3.5 ... 2**3.5.
+    """
+    exponent = (magnitude.double().log2() * 2).round().clamp(-8, 7) + 8
+    return (exponent * 2 + sign).byte()
+
+
+def unturn(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs (+1 and -1) and magnitudes, as floats, of what `turn` gave."""
+    sign = (turns % 2).float() * 2 - 1
+    return sign, 2.0 ** ((turns // 2).float() / 2 - 4)
+
+
 @dataclass(frozen=True)
 class Trellis(Encoding):
-    """Weights as paths through a trellis: `rotated weight = code(window of bits) * scale`, then rotated back.
+    """Weights as paths through a trellis: `balanced and rotated weight = code(window of bits) * scale`.
 
     `symbols` (uint8, [sequences, steps], each of `bits` bits) is the weight, as a matrix of its first dimension by all
     others, column after column; sequences are circular, so a window of `window` bits needs no start. `scale` (float16)
-    has one entry, or one per row. `left` and `right` (bool, True for +1) are the signs of the random rotations of the
-    columns and of the rows; None where there was none. Tseng et al., arXiv:2406.11235.
+    has one entry. `left` and `right` (uint8, see `turn`) say how columns (one entry per row) and rows (one per column)
+    are turned back: by a rotation with random signs, and then times a magnitude; None where they were not turned.
+    Tseng et al., arXiv:2406.11235; the magnitudes after QuIP, arXiv:2307.13304.
     """
 
     kind: ClassVar[str] = "trellis"
@@ -116,18 +133,18 @@ class Trellis(Encoding):
         return self.size
 
     def parts(self) -> dict[str, Tensor]:
-        """`symbols` as a stream of bits, `scale`, and `signs`, one bit each: those of `left`, then those of `right`."""
+        """`symbols` as a stream of bits, `scale`, and `turns`: 5 bits for each of `left`, then each of `right`."""
         import torch
 
         found = {"symbols": pack_bits(self.symbols, self.bits), "scale": self.scale}
-        signs = [sign for sign in (self.left, self.right) if sign is not None]
-        return found | {"signs": pack_bits(torch.cat(signs), 1)} if signs else found
+        turns = [each for each in (self.left, self.right) if each is not None]
+        return found | {"turns": pack_bits(torch.cat(turns), TURN_BITS)} if turns else found
 
     def restore(self, parts: dict[str, Tensor]) -> Tensor:
         symbols = unpack_bits(parts["symbols"], self.bits, self.symbols.numel()).reshape(self.symbols.shape)
-        first, second = (0 if sign is None else len(sign) for sign in (self.left, self.right))
-        signs = unpack_bits(parts["signs"], 1, first + second) if first + second else symbols
-        left, right = signs[:first] if first else None, signs[first:] if second else None
+        first, second = (0 if each is None else len(each) for each in (self.left, self.right))
+        turns = unpack_bits(parts["turns"], TURN_BITS, first + second) if first + second else symbols
+        left, right = turns[:first] if first else None, turns[first:] if second else None
         return restored(symbols, parts["scale"].float(), left, right, self.size, self.bits, self.window)
 
 
@@ -140,11 +157,13 @@ def restored(
     bits: int,
     window: int,
 ) -> Tensor:
-    """The weight that symbols, scale and signs (1 for +1, 0 for -1) stand for; see `Trellis`. float32, of `size`."""
+    """The weight that symbols, scale and turns stand for; see `Trellis`. float32, of `size`."""
     columns = code(windows(symbols, bits, window), window).reshape(-1, size[0]) * scale
-    if left is not None:
-        columns = rotate(columns, left.float() * 2 - 1, back=True)
-    rows = columns.mT
-    if right is not None:
-        rows = rotate(rows, right.float() * 2 - 1, back=True)
+    rows = columns if left is None else _back(columns, left)
+    rows = rows.mT if right is None else _back(rows.mT, right)
     return rows.reshape(size)
+
+
+def _back(rows: Tensor, turns: Tensor) -> Tensor:
+    sign, magnitude = unturn(turns)
+    return rotate(rows, sign, back=True) * magnitude

@@ -5,25 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from .gptq import damped
+from .incoherent import Rotated
 
 # Mean squared error of the trellis code on a unit Gaussian, window of 12 bits (benchmarks/gaussian.py).
 DISTORTION = {1: 0.269, 2: 0.0705, 3: 0.0186, 4: 0.0049, 5: 0.00147, 6: 0.00052}
 
 
-def cost(weight: Tensor, hessian: Tensor, damping: float) -> float:
-    """The loss that one unit of distortion in `weight` is worth once feedback has made up for what it can.
+def cost(given: Rotated) -> float:
+    """The loss that one unit of distortion in a weight is worth, once feedback has made up for what it can.
 
-    `weight` is [rows, ...], `hessian` [groups, inputs, inputs]. With feedback between columns the loss is the sum of
-    the pivots of the Hessian times the squared errors (arXiv:2307.13304); after rotation pivots are about equal, so
-    each is the geometric mean, `det(H) ** (1 / inputs)`.
+    It is the sum of the pivots of the Hessian times the squared errors (arXiv:2307.13304), which are alike for all
+    columns and rows after rotation.
     """
-    pivots = [torch.linalg.slogdet(damped(each, damping).double())[1] / len(each) for each in hessian]
-    mean = torch.stack(pivots).exp().mean()
-    return float(weight.double().square().sum() * mean)
+    return float(given.matrix.square().sum() * given.costs.mean()) * given.worth
 
 
 def allocate(costs: Mapping[str, float], counts: Mapping[str, int], bits: float) -> dict[str, int]:

@@ -14,8 +14,8 @@ from ...core.errors import NotFinite, TaskError
 from .hessian import Moment, chunks
 
 
-def loss_hessians(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Tensor]:
-    """`sum w x x^T` over the calibration split for each named layer: float32, [groups, inputs, inputs].
+def loss_hessians(model: nn.Module, names: list[str], ctx: Context) -> dict[str, tuple[Tensor, Tensor]]:
+    """`sum w x x^T` [groups, inputs, inputs] over the calibration split for each named layer, and `sum w` per output.
 
     `x` is what the layer multiplies with its weight (see `hessians`), `w` the squared gradient of the task's loss in
     what it gives there, summed over the outputs of the group: up to a factor the Gauss-Newton Hessian of the loss, with
@@ -26,24 +26,24 @@ def loss_hessians(model: nn.Module, names: list[str], ctx: Context) -> dict[str,
     """
     modules = dict(model.named_modules())
     moments = {name: Moment() for name in names}
-    scales = dict.fromkeys(names, 0.0)
+    outputs: dict[str, Tensor] = {}
     with _trainable([modules[name] for name in names]), torch.enable_grad():
         for batch in ctx.progress.track(ctx.batches("calibrate"), "observing gradients"):
             for name, rows, weight in _weighted_rows(modules, names, model.eval(), batch, ctx):
-                scales[name] += float(weight.sum())
-                moments[name].add(rows * weight.sqrt()[..., None])
+                moments[name].add(rows * weight.sum(1).sqrt()[..., None])
+                outputs[name] = outputs.get(name, 0) + weight.sum(2).flatten()
     for name, moment in moments.items():
-        if not scales[name] > 0 and torch.isfinite(moment.matrix).all():
+        if name not in outputs or not outputs[name].any():
             raise TaskError(f"the loss does not depend on the layer {name!r} over the calibration data; skip it")
         if not torch.isfinite(moment.matrix).all():
             raise NotFinite(f"calibration: inputs or gradients of the layer {name!r} are NaN or infinite")
-    return {name: moment.matrix * moment.count for name, moment in moments.items()}
+    return {name: (moment.matrix * moment.count, outputs[name]) for name, moment in moments.items()}
 
 
 def _weighted_rows(
     modules: dict[str, nn.Module], names: list[str], model: nn.Module, batch: Any, ctx: Context
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """For each call of a layer: its rows [groups, n, inputs] and their weights [groups, n], in pieces."""
+    """For each call of a layer: its rows [groups, n, inputs] and their weights [groups, outputs, n], in pieces."""
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = [
         modules[name].register_forward_hook(
@@ -64,18 +64,18 @@ def _weighted_rows(
             continue
         done, weights = 0, _row_weights(modules[name], gradient.float())
         for rows in chunks(modules[name], given.float()):
-            yield name, rows, weights[:, done : done + rows.shape[1]]
+            yield name, rows, weights[..., done : done + rows.shape[1]]
             done += rows.shape[1]
 
 
 def _row_weights(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """The squared gradient summed over the outputs of each group: [groups, rows], in the order of `chunks`."""
+    """The squared gradient in each output at each row, in the order of `chunks`: [groups, outputs, rows]."""
     squares = gradient.square()
     if isinstance(layer, nn.Linear):
-        return squares.sum(-1).reshape(1, -1)
+        return squares.reshape(1, -1, squares.shape[-1]).mT
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     squares = squares if squares.dim() == layer.weight.dim() else squares[None]
-    return squares.unflatten(1, (layer.groups, -1)).sum(2).movedim(1, 0).flatten(1)
+    return squares.transpose(0, 1).flatten(1).unflatten(0, (layer.groups, -1))
 
 
 @contextmanager

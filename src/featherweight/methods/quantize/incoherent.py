@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...core.trellis import Trellis, code, rotate, windows
+from ...core.trellis import Trellis, code, rotate, turn, unturn, windows
 from .gptq import damped, factors
 from .viterbi import tail_biting
 
@@ -35,22 +35,13 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // each for each in small)})
 
 
-def signs(count: int, generator: torch.Generator) -> Tensor:
-    """Random signs of a rotation: bool, True for +1."""
-    return torch.randint(0, 2, (count,), generator=generator).bool()
-
-
-def rotated_moment(hessian: Tensor, sign: Tensor) -> Tensor:
-    """The second moments [..., n, n] of rotated inputs."""
-    return rotate(rotate(hessian, sign).mT, sign).mT
-
-
 @dataclass(frozen=True)
 class Rotated:
-    """A weight where it is coded: rotated, with what its Hessian says; float64.
+    """A weight where it is coded: balanced and rotated, with what its Hessian says; float64.
 
     `matrix` is [rows, columns], `moment` the damped Hessian [groups, columns, columns], `units` and `costs` its
-    `factors`, `shape` that of the weight, `left` and `right` the signs of the rotations (see `Trellis`).
+    `factors`, `shape` that of the weight, `left` and `right` how it is turned back (see `Trellis`), and `worth`
+    what the loss makes of one unit of error in a row here.
     """
 
     matrix: Tensor
@@ -60,31 +51,64 @@ class Rotated:
     shape: tuple[int, ...]
     left: Tensor | None = None
     right: Tensor | None = None
+    worth: float = 1.0
 
     @property
     def alike(self) -> tuple[int, int, int]:
         """Weights for which this is equal can be coded side by side."""
-        return (*self.matrix.shape, len(self.moment))  # type: ignore[return-value]
+        return self.matrix.shape[0], self.matrix.shape[1], len(self.moment)
 
 
 def rotated(
-    weight: Tensor, hessian: Tensor, damping: float = 0.01, left: Tensor | None = None, right: Tensor | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    damping: float = 0.01,
+    generator: torch.Generator | None = None,
+    outputs: Tensor | None = None,
 ) -> Rotated | None:
     """`weight` [rows, ...] and its `hessian` [groups, inputs, inputs], for as many groups of rows, ready to be coded.
 
-    None if the damped Hessian is not positive definite.
+    `outputs` [rows] is how much each output matters (all alike if None). With a `generator`, rows and columns are
+    balanced and rotated (rows not, where there are several groups). A code of one rate has one error for all, so what
+    is lost is the product of the mean energy of the weights and the mean of what an error costs; balancing makes it
+    least: columns are divided by their norm, as feedback only keeps the product of their costs, and rows multiplied by
+    the root of `sqrt(outputs) / norm` (Cauchy-Schwarz). None if the damped Hessian is not positive definite.
     """
     matrix, moment = weight.detach().flatten(1).double(), _damped(hessian.double(), damping)
-    if right is not None:
-        matrix, moment = rotate(matrix, _floats(right)), rotated_moment(moment, _floats(right))
-    if left is not None:
-        matrix = rotate(matrix.mT.contiguous(), _floats(left)).mT.contiguous()
+    outputs = torch.ones(len(matrix)) if outputs is None else outputs
+    outputs = (outputs / outputs.sum().clamp_min(1e-30)).double()
+    left = right = None
+    if generator is not None:
+        right = turn(_signs(matrix.shape[1], generator), _relative(_norms(matrix, 0)))
+        sign, magnitude = (each.double() for each in unturn(right))
+        matrix = rotate(matrix / magnitude, sign)
+        moment = rotate(rotate(moment * magnitude * magnitude[:, None], sign).mT, sign).mT
+    if generator is not None and len(moment) == 1:
+        wanted = _norms(matrix, 1) / outputs.clamp_min(1e-6 * float(outputs.mean())).sqrt()
+        left = turn(_signs(len(matrix), generator), _relative(wanted).sqrt())
+        sign, magnitude = (each.double() for each in unturn(left))
+        matrix = rotate(matrix.mT / magnitude, sign).mT.contiguous()
+        outputs = outputs * magnitude.square()
     found = [factors(each) for each in moment]
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         return None
     units, costs = (torch.stack([each[place] for each in known]) for place in (0, 1))
-    return Rotated(matrix, moment, units, costs, tuple(weight.shape), left, right)
+    return Rotated(matrix, moment, units, costs, tuple(weight.shape), left, right, float(outputs.mean()))
+
+
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (count,), generator=generator).bool()
+
+
+def _norms(matrix: Tensor, dim: int) -> Tensor:
+    return matrix.square().mean(dim).sqrt()
+
+
+def _relative(values: Tensor) -> Tensor:
+    """`values` over their geometric mean; those that are nearly zero count as small."""
+    values = values.clamp_min(1e-3 * float(values.mean()) + 1e-30)
+    return values / values.log().mean().exp()
 
 
 def encode(given: Sequence[Rotated], bits: int, window: int = 12, rounds: int = 1) -> list[tuple[Trellis, float]]:
@@ -120,10 +144,6 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
     own = torch.stack([damped(each, damping) for each in hessian])
     trace = 1e-6 * damping * hessian.diagonal(dim1=1, dim2=2).mean()
     return own + trace * torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
-
-
-def _floats(sign: Tensor) -> Tensor:
-    return sign.double() * 2 - 1
 
 
 def _columns(

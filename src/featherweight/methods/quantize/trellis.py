@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from .allocation import DISTORTION, allocate, cost
 from .dynamic import called_layers, sharers
 from .fisher import loss_hessians
 from .hessian import OBSERVED, hessians
-from .incoherent import Rotated, encode, layout, rotated, signs
+from .incoherent import Rotated, encode, layout, rotated
 
 HELD_BYTES = 2**28  # of Hessians at once
 SIDE_BY_SIDE = 2**20  # weights of layers that are searched at once
@@ -40,15 +41,15 @@ class HeldTrellis(Held, kind="trellis"):
         size: list[int] | None = None,
         bits: int = 2,
         window: int = 12,
-        rotated: list[bool] | None = None,
+        turned: list[bool] | None = None,
         dtype: str = "float32",
     ):
         super().__init__()
-        self.half, self.dtype = True, dtype
+        self.float16, self.dtype = True, dtype
         if code is None:  # rebuilt: the tensors are put in afterwards
             blank = torch.zeros(1, 1, dtype=torch.uint8)
-            signs = [torch.ones(1, dtype=torch.bool) if each else None for each in rotated or [False, False]]
-            code = Trellis(blank, torch.ones(1), tuple(size or [1]), bits, window, *signs)
+            turns = [torch.ones(1, dtype=torch.uint8) if each else None for each in turned or [False, False]]
+            code = Trellis(blank, torch.ones(1), tuple(size or [1]), bits, window, *turns)
         self.size, self.bits, self.window = code.size, code.bits, code.window
         self.register_buffer("symbols", code.symbols)
         self.register_buffer("left", code.left)
@@ -60,7 +61,7 @@ class HeldTrellis(Held, kind="trellis"):
             "size": list(self.size),
             "bits": self.bits,
             "window": self.window,
-            "rotated": [self.left is not None, self.right is not None],
+            "turned": [self.left is not None, self.right is not None],
             "dtype": self.dtype,
         }
 
@@ -77,6 +78,14 @@ class HeldTrellis(Held, kind="trellis"):
         return Trellis(self.symbols, scale, self.size, self.bits, self.window, self.left, self.right)
 
 
+@dataclass(frozen=True)
+class Hessian:
+    """What the inputs of a layer are worth [groups, inputs, inputs], and each of its outputs (None: all alike)."""
+
+    inputs: Tensor
+    outputs: Tensor | None = None
+
+
 class TrellisQuantization(LayerStep, kind="quantize.trellis"):
     """Store the weights of linear layers and convolutions as paths through a trellis, at 1 to 6 bits per weight.
 
@@ -88,9 +97,10 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
     feedback from the second moments of the layer's inputs over the calibration split (damped by `damping`), which are
     weighted by how much the loss depends on each (`weighting`: "loss", the default, needs one backward pass; "inputs"
     weights all alike). Random Hadamard rotations (`rotate`) on both sides make the weights Gaussian, for which the code
-    is made; their signs cost one bit per row and column, and the weight is rotated back when it is restored. In
-    `passes` passes over the data, layers see the inputs that the layers coded before them give. The symbols are fixed
-    afterwards; scales, biases, norms and what is left alone can still be trained.
+    is made, after rows and columns were balanced by how much they matter; sign and magnitude cost 5 bits per row and
+    column, and the weight is turned back when it is restored. With `passes` above 1, layers see the inputs that those
+    coded before them give. The symbols are fixed afterwards; scales, biases, norms and what is left alone can still be
+    trained.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -125,21 +135,28 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
         modules, generator = dict(model.named_modules()), ctx.generator(self.kind)
         bits = self._bits(model, names, ctx)
         for some in _in_passes(names, modules, self.passes):
-            collect = loss_hessians if self.weighting == "loss" else hessians
-            self._code(modules, {name: bits[name] for name in some}, collect(model, some, ctx), generator, ctx)
+            found = self._hessians(model, some, ctx)
+            self._code(modules, {name: bits[name] for name in some}, found, generator, ctx)
         return model
 
     def _bits(self, model: nn.Module, names: list[str], ctx: Context) -> dict[str, int]:
         """The bits of each layer: all alike, or by what each layer's distortion costs the loss."""
         if not self._allocated:
             return dict.fromkeys(names, int(self.bits))
-        modules = dict(model.named_modules())
-        weights = {name: _weight(modules[name]).detach() for name in names}
+        modules, generator = dict(model.named_modules()), ctx.generator(f"{self.kind}: bits")
+        counts = {name: _weight(modules[name]).numel() for name in names}
         costs: dict[str, float] = {}
         for some in _in_passes(names, modules, 1):
-            for name, hessian in loss_hessians(model, some, ctx).items():
-                costs[name] = cost(weights[name], hessian, self.damping)
-        return allocate(costs, {name: weight.numel() for name, weight in weights.items()}, self.bits)
+            for name, given in self._hessians(model, some, ctx, "loss").items():
+                found = self._rotated(modules[name], given, generator)
+                costs[name] = 0.0 if found is None else cost(found)
+        return allocate(costs, counts, self.bits)
+
+    def _hessians(self, model: nn.Module, names: list[str], ctx: Context, weighting: str = "") -> dict[str, Hessian]:
+        """What each layer's inputs, and each of its outputs, are worth."""
+        if (weighting or self.weighting) == "loss":
+            return {name: Hessian(*found) for name, found in loss_hessians(model, names, ctx).items()}
+        return {name: Hessian(found) for name, found in hessians(model, names, ctx).items()}
 
     def _possible(self, model: nn.Module, ctx: Context) -> list[str]:
         """The layers that can be coded; for every other, the reason is recorded."""
@@ -162,14 +179,14 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
         self,
         modules: dict[str, nn.Module],
         bits: dict[str, int],
-        hessian: dict[str, Tensor],
+        hessian: dict[str, Hessian],
         generator: torch.Generator,
         ctx: Context,
     ) -> None:
         """Put the codes of their weights on the layers named in `bits`; those alike are searched side by side."""
         alike: dict[Any, list[tuple[str, Rotated]]] = {}
         for name, given in bits.items():
-            found = self._rotated(_weight(modules[name]).detach().cpu(), hessian.pop(name).cpu(), generator)
+            found = self._rotated(modules[name], hessian.pop(name), generator)
             if found is None:
                 ctx.leave(name, f"its Hessian is not positive definite at damping={self.damping}; raise it")
             else:
@@ -181,13 +198,12 @@ class TrellisQuantization(LayerStep, kind="quantize.trellis"):
                 codes = encode([each for _, each in part], given, self.window, self.rounds)
                 for (name, _), (code, lost) in zip(part, codes):
                     _hold(modules[name], code)
-                    how = f"{code.bits_per_weight():.2f} bits per weight, {100 * lost:.2g}% of the output energy lost"
+                    how = f"{code.bits_per_weight():.2f} bits per weight, {100 * lost:.2g}% weighted error"
                     ctx.change(name, how)
 
-    def _rotated(self, weight: Tensor, hessian: Tensor, generator: torch.Generator) -> Rotated | None:
-        right = signs(weight[0].numel(), generator) if self.rotate else None
-        left = signs(len(weight), generator) if self.rotate and len(hessian) == 1 else None
-        return rotated(weight, hessian, self.damping, left, right)
+    def _rotated(self, layer: nn.Module, given: Hessian, generator: torch.Generator) -> Rotated | None:
+        weight, outputs = _weight(layer).detach().cpu(), None if given.outputs is None else given.outputs.cpu()
+        return rotated(weight, given.inputs.cpu(), self.damping, generator if self.rotate else None, outputs)
 
 
 def _hold(layer: nn.Module, code: Trellis) -> None:
