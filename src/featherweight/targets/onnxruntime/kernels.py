@@ -24,11 +24,15 @@ def byte_weights(edit: Editor, narrow: Mapping[str, Encoding]) -> dict[str, Affi
     """Those of the weights below 8 bits that an operation multiplies with quantized activations: signed, around zero,
     with a scale for all or one per channel. To an integer kernel they are 8-bit weights.
     """
-    return {name: found for name, found in narrow.items() if _is_symmetric(found) and _meets_integers(edit, name)}
+    return {
+        name: found
+        for name, found in narrow.items()
+        if isinstance(found, Affine) and _is_symmetric(found) and _meets_integers(edit, name)
+    }
 
 
-def _is_symmetric(encoding: Encoding) -> bool:
-    if not isinstance(encoding, Affine) or encoding.group is not None or encoding.bits > 8:
+def _is_symmetric(encoding: Affine) -> bool:
+    if encoding.group is not None:
         return False
     return encoding.values.dtype.is_signed and not bool(encoding.zero.any()) and not encoding.zero.is_floating_point()
 
