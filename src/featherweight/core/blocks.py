@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ def repeated(model: nn.Module) -> list[str]:
 
 def walk(
     model: nn.Module,
-    calls: list[Callable[[], Any]],
+    calls: Sequence[Callable[[], Any]],
     real: list[Tensor | None],
     enter: Callable[[str], None] | None = None,
     leave: Callable[[str], None] | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .progress import Progress
 from .recipe import Recipe
 from .record import LeftAlone as LeftAlone
 from .record import StepRecord as StepRecord
+from .soft import chains
 from .step import Step
 from .task import Split, Task
 
@@ -173,5 +175,11 @@ def run_recipe(recipe: Recipe, ctx: Context) -> tuple[nn.Module, list[StepRecord
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of `model`, each counted once; masked ones count."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of `model`, each counted once; masked ones count, and soft weights as they are after decoding."""
+    plain = {id(p): p.numel() for name, p in model.named_parameters() if "parametrizations" not in name.split(".")}
+    soft: dict[int, int] = {}
+    for _, module, attribute, links in chains(model):
+        original = module.parametrizations[attribute].original  # type: ignore[union-attr,index]
+        encoding = None if original.numel() else links[-1].encode(original)  # a held weight leaves nothing behind
+        soft[id(original)] = math.prod(encoding.shape) if encoding is not None else original.numel()
+    return sum(plain.values()) + sum(soft.values())

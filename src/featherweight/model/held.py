@@ -15,11 +15,11 @@ class Held(Link):
     """A link that holds a weight by itself: the floats that it was made from are dropped as it is put on.
 
     `forward` ignores its argument, and `right_inverse` leaves an empty parameter in its place. Scales (zero points,
-    tables) are parameters in float32; they count with the precision in which they are stored (float16 unless `half` is
-    False), and gradients pass straight through that.
+    tables) are parameters in float32; they count with the precision in which they are stored (float16, or with
+    `float16` False float32), and gradients pass straight through that.
     """
 
-    half: bool
+    float16: bool
     dtype: str
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class Held(Link):
 
     def _stored(self, part: Tensor) -> Tensor:
         """A float part as it lies on the disk."""
-        return part.detach().half() if self.half else part.detach()
+        return part.detach().half() if self.float16 else part.detach()
 
     def _rounded(self, part: Tensor) -> Tensor:
         """A float part with the precision in which it is stored, with the gradient of `part` itself."""
@@ -53,13 +53,13 @@ class HeldIntegers(Held, kind="integers"):
         axis: int | None = 0,
         bits: int = 8,
         group: int | None = None,
-        half: bool = True,
+        float16: bool = True,
         dtype: str = "float32",
         shapes: list[list[int]] | None = None,
         kinds: list[str] | None = None,
     ):
         super().__init__()
-        self.axis, self.bits, self.group, self.half = axis, bits, group, half
+        self.axis, self.bits, self.group, self.float16 = axis, bits, group, float16
         self.dtype = dtype
         if values is None or scale is None or zero is None:
             values, scale, zero = _blank(shapes or [[0], [], []], kinds or ["uint8", "float32", "uint8"])
@@ -76,7 +76,7 @@ class HeldIntegers(Held, kind="integers"):
             "axis": self.axis,
             "bits": self.bits,
             "group": self.group,
-            "half": self.half,
+            "float16": self.float16,
             "dtype": self.dtype,
             "shapes": [list(part.shape) for part in parts],
             "kinds": [_name(part) for part in parts],
@@ -120,12 +120,12 @@ class HeldIndices(Held, kind="indices"):
         scale: Tensor | None = None,
         axis: int | None = 0,
         group: int | None = None,
-        half: bool = True,
+        float16: bool = True,
         dtype: str = "float32",
         shapes: list[list[int]] | None = None,
     ):
         super().__init__()
-        self.axis, self.group, self.half = axis, group, half
+        self.axis, self.group, self.float16 = axis, group, float16
         self.dtype = dtype
         if indices is None or table is None or scale is None:
             indices, table, scale = _blank(shapes or [[0], [1], []], ["uint8", "float32", "float32"])
@@ -134,7 +134,7 @@ class HeldIndices(Held, kind="indices"):
 
     def settings(self) -> dict[str, Any]:
         shapes = [list(part.shape) for part in (self.indices, self.table, self.scale)]
-        return {"axis": self.axis, "group": self.group, "half": self.half, "dtype": self.dtype, "shapes": shapes}
+        return {"axis": self.axis, "group": self.group, "float16": self.float16, "dtype": self.dtype, "shapes": shapes}
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, entries={len(self.table)}, group={self.group}"

@@ -57,10 +57,10 @@ class Shards:
             )
         content = torch.empty(shape, dtype=kind)
         if high > low:
-            view = memoryview(content.view(-1).view(torch.uint8).numpy())
+            view = content.view(-1).view(torch.uint8).numpy().data
             with file.open("rb") as stream:
                 stream.seek(start + low)
-                if stream.readinto(view) != high - low:  # type: ignore[attr-defined]
+                if stream.readinto(view) != high - low:
                     raise ArtifactError(f"{file} is cut short: the tensor {name!r} is not all there")
         return content
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def without_weights() -> Iterator[None]:
         if parameter is not None and module._parameters[name] is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = hollow  # type: ignore[method-assign]
+    nn.Module.register_parameter = hollow  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -89,7 +90,7 @@ def quantize_folder(
             del inside[name]
         outer = _fill_outer(model, blocks, shards)
         given = list(batches)
-        calls = [lambda batch=batch: model(**batch) for batch in given]
+        calls = [functools.partial(model, **batch) for batch in given]
         for block in walk(model, calls, [real_positions(batch) for batch in given], enter, leave):
             step.quantize_block(block, inside, ctx)
         writer.add(outer)
@@ -142,7 +143,7 @@ def _fill_outer(model: nn.Module, blocks: list[str], shards: Shards) -> dict[str
 
 def _tie(model: nn.Module, outer: dict[str, Tensor]) -> None:
     """Give an output layer without weights of its own those of the input embedding, where the model ties them."""
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     if all(isinstance(end, nn.Module) for end in ends) and ends[1].weight.is_meta:
         ends[1].weight = ends[0].weight
     for name, parameter in model.named_parameters():

@@ -22,7 +22,7 @@ def producer(block: Block, stage: Stage) -> str | None:
     """
     seen, wanted = trace(block)
     layers = [block.module.get_submodule(name) for name in stage.layers]
-    columns = int(layers[0].weight.shape[1])  # type: ignore[union-attr,index]
+    columns = int(layers[0].weight.shape[1])  # type: ignore[index]
     before = [name for name, _, _ in seen[: min(place for place, each in enumerate(seen) if each[0] in stage.layers)]]
     for name in dict.fromkeys(reversed(before)):
         module = block.module.get_submodule(name)

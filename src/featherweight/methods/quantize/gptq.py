@@ -55,10 +55,11 @@ def in_order(weight: Tensor, grid: Grid, unit: Tensor, order: Tensor, keep: Tens
     have it) and the others make up for it. Columns are gone through in blocks, so that most of the work is products of
     matrices.
     """
-    columns = weight.t()[order].contiguous()
+    columns = weight.t().contiguous()[order]
     holes = None if keep is None else ~keep.t()[order]
     scale, zero = grid.scale.t().contiguous(), grid.zeros().t().contiguous()
-    error, found = torch.zeros_like(columns), torch.empty_like(columns)
+    error = torch.zeros_like(columns)
+    found = torch.empty_like(columns, dtype=torch.int8 if grid.low < 0 else torch.uint8)
     places = (order // grid.group).tolist()
     for start in range(0, len(columns), 64):
         end = min(start + 64, len(columns))
@@ -72,9 +73,8 @@ def in_order(weight: Tensor, grid: Grid, unit: Tensor, order: Tensor, keep: Tens
                 integers = torch.where(holes[column], grid.origin(zero[place]), integers)
             found[column] = integers
             torch.sub(columns[column], grid.value(integers, scale[place], zero[place]), out=error[column])
-    result = torch.empty_like(found)
-    result[order] = found
-    return result.t().contiguous()
+    del columns, error
+    return found[torch.argsort(order)].t().to(weight.dtype, memory_format=torch.contiguous_format)
 
 
 def best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tensor, width: int) -> Tensor:

@@ -39,9 +39,13 @@ class Moments:
         self.rows += inputs.shape[1]
 
     def mean(self) -> Tensor:
-        """The second moment of a row, [parts, columns, columns]."""
+        """The second moment of a row, [parts, columns, columns]; all sums become means, in place."""
         assert self.hessian is not None
-        return self.hessian / max(1, self.rows)
+        for total in (self.hessian, self.largeness, self.drift):
+            if total is not None:
+                total.div_(max(1, self.rows))
+        self.rows = 1
+        return self.hessian
 
 
 def rows_of(layer: nn.Module, given: Tensor, real: Tensor | None = None) -> Tensor:
@@ -202,7 +206,7 @@ def corrected(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     (asymmetric calibration: GPTAQ, arXiv:2504.02692; with the residual stream: QEP, arXiv:2504.09629).
     """
     assert moments.hessian is not None and moments.drift is not None
-    system = moments.hessian[0].double()
+    system = moments.mean()[0].double()
     system.diagonal().add_(damping * system.diagonal().mean().clamp_min(1e-30))
     step = torch.linalg.solve(system, moments.drift.double())
     return weight + step.t().to(weight.dtype) if bool(torch.isfinite(step).all()) else weight

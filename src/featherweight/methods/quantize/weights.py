@@ -19,7 +19,7 @@ from featherweight.model.select import LayerStep
 
 from .awq import search_scales
 from .folding import producer, rescale
-from .gptq import activation_order, damped, factors, gptq
+from .gptq import activation_order, factors, gptq
 from .grids import (
     NF4,
     Grid,
@@ -167,7 +167,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         if source is None or any(matrix.keep is not None for matrix in layers) or not each.rows:
             return
         assert each.largeness is not None
-        largeness, hessian = each.largeness[0] / each.rows, each.mean()[0]
+        hessian, largeness = each.mean()[0], each.largeness[0]
 
         def rounded(weight: Tensor, importance: Tensor) -> Tensor:
             grid = self._grid(weight, layers[0], importance, candidates=8)
@@ -248,10 +248,12 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         self, weight: Tensor, matrix: Matrix, hessian: Tensor, keep: Tensor | None, ctx: Context
     ) -> tuple[Tensor, Grid]:
         """GPTQ of one matrix, with more damping where the Hessian is not positive definite, and to nearest at last."""
+        base, added = float(hessian.diagonal().mean()), 0.0
+        order = activation_order(hessian) if self.act_order else torch.arange(len(hessian))
         for damping in (self.damping, 10 * self.damping, max(1.0, self.damping)):
-            firm = damped(hessian, damping)
-            order = activation_order(firm) if self.act_order else torch.arange(len(firm))
-            known = factors(firm[order][:, order])
+            hessian.diagonal().add_((damping - added) * base)  # in place: a large one is held only once
+            added = damping
+            known = factors(hessian[order][:, order])
             if known is None:
                 continue
             if damping > self.damping:
@@ -259,7 +261,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
             importance = torch.empty_like(known[1])
             importance[order] = known[1]
             grid = self._grid(weight, matrix, importance)
-            found = gptq(weight, grid, firm, order, keep, self.beam, self.refine, known)
+            found = gptq(weight, grid, hessian, order, keep, self.beam, self.refine, known)
             assert found is not None
             return found
         ctx.warn(f"{matrix.name}: its Hessian is not positive definite even when damped; rounded to nearest")
