@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,41 +20,45 @@ from featherweight.measure.inputs import free_inputs, sized
 from featherweight.measure.statistics import pooled_estimates, speedup
 from featherweight.measure.timing import Call, repeat
 
-from .contender import Contender, Material
-from .record import Figure, Network, Row, Timing
+from .contender import Contender, Material, singles
+from .peers import NotInstalled
+from .record import CHOSEN, Figure, Network, Row, Timing
+from .verdict import ORIGINAL
 
-ORIGINAL = "float32 original"
 THREADS = 1
 
 
-def compare(
-    spec: str,
-    entrants: list[Contender],
-    folder: Path,
-    batches: list[int],
-    seconds: float,
-    seed: int,
-    progress: Progress,
-) -> Network:
+@dataclass(frozen=True)
+class Terms:
+    """What holds for all networks: seconds of timing for each contender and batch size, and where the peers live."""
+
+    batches: list[int]
+    seconds: float = 3.0
+    seed: int = 0
+    max_drop: float = 0.5
+    peers: Path | None = None
+
+
+def compare(spec: str, entrants: list[Contender], folder: Path, terms: Terms, progress: Progress) -> Network:
     """Make every contender's file for the task `spec` under `folder`, then measure them all side by side."""
     task = find_task(spec)
-    material = prepare(task, folder, seed)
+    material = replace(prepare(task, folder, terms.seed), max_drop=terms.max_drop, peers=terms.peers)
     rows = {ORIGINAL: Row(contender=ORIGINAL, package="featherweight", about="The network as it is, exported to ONNX.")}
     files = {ORIGINAL: material.original.file}
     for entrant in entrants:
         progress.say(f"{spec}: {entrant.name}")
-        rows[entrant.name], path = enter(entrant, material)
+        rows[entrant.name], path = enter(entrant, task, material)
         if path is not None:
             files[entrant.name] = path
-    runners = {
-        name: Runner(material.original.target.load(path, THREADS), material.original.manifest)
-        for name, path in files.items()
-    }
-    judge(task, runners, rows, progress)
-    for batch in batches:
-        progress.say(f"{spec}: latency at batch {batch}")
-        for name, timing in race(task, material.original, files, batch, seconds, seed).items():
-            rows[name].timings.append(timing)
+    own = next((name for name in files if files[name] == files.get(CHOSEN)), None)
+    judge(task, material, files, rows, own, progress)
+    load = os.getloadavg()[0]
+    shapes = {name: array.shape for name, array in inputs_of(task, material.original, 1).items()}
+    for batch in terms.batches:
+        progress.say(f"{spec}: latency at batch {batch}, load average {os.getloadavg()[0]:.1f}")
+        timings = race(task, material.original, unique(files), batch, terms.seconds, terms.seed, own)
+        for name, path in files.items():
+            rows[name].timings.append(next(timings[other] for other in timings if files[other] == path))
     for name, path in files.items():
         rows[name].bytes = path.stat().st_size
     return Network(
@@ -63,6 +68,8 @@ def compare(
         higher_is_better=task.metric.higher_is_better,
         calibration_inputs=sum(len(next(iter(batch.values()))) for batch in material.calibration),
         notes=task.notes,
+        load=load,
+        timed=", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()),
         rows=list(rows.values()),
     )
 
@@ -80,23 +87,19 @@ def prepare(task: Task, folder: Path, seed: int) -> Material:
     return Material(task, original, calibration, folder, seed)
 
 
-def singles(batches: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-    """The same inputs, each as a batch of its own: ONNX Runtime's calibration by entropy wants batches of one size."""
-    return [
-        {name: array[place : place + 1] for name, array in batch.items()}
-        for batch in batches
-        for place in range(len(next(iter(batch.values()))))
-    ]
-
-
-def enter(entrant: Contender, material: Material) -> tuple[Row, Path | None]:
+def enter(entrant: Contender, task: Task, material: Material) -> tuple[Row, Path | None]:
     """Let one contender make its file. What it raises is its result: it goes into the ledger, and the others go on."""
     own = material.folder / entrant.name.replace(" ", "-")
     own.mkdir(parents=True)
     row = Row(contender=entrant.name, package=entrant.package, about=entrant.about)
-    start = time.perf_counter()
+    material, start = replace(material, folder=own, notes=[]), time.perf_counter()
+    path: Path | None = None
     try:
-        path: Path | None = entrant.make(replace(material, folder=own))
+        path = entrant.make(material)
+        task.call(runner(material.original, path), next(iter(task.batches("calibrate"))))
+        row.note = "; ".join(material.notes)
+    except NotInstalled as missing:
+        path, row.state, row.reason = None, "not installed", str(missing)
     except Exception as error:
         traceback.print_exc()
         path, row.state = None, "failed"
@@ -105,12 +108,30 @@ def enter(entrant: Contender, material: Material) -> tuple[Row, Path | None]:
     return row, path
 
 
-def judge(task: Task, runners: dict[str, Runner], rows: dict[str, Row], progress: Progress) -> None:
-    """Fill in accuracy over the whole test split, and the paired drop against the original on the same inputs."""
-    found = {name: records(task, partial(task.call, runner), "test", progress) for name, runner in runners.items()}
-    for name, own in found.items():
-        rows[name].accuracy = figure(task.metric.reduce(own), task.metric.interval(own), len(own))
-        rows[name].drop = drop(task.metric, found[ORIGINAL], own)
+def runner(original: Artifact, path: Path) -> Runner:
+    """A contender's file, called as the network is."""
+    return Runner(original.target.load(path, THREADS), original.manifest)
+
+
+def unique(files: dict[str, Path]) -> dict[str, Path]:
+    """Without those whose file another has already."""
+    return {name: path for name, path in files.items() if name == next(k for k, v in files.items() if v == path)}
+
+
+def judge(
+    task: Task, material: Material, files: dict[str, Path], rows: dict[str, Row], own: str | None, progress: Progress
+) -> None:
+    """Fill in accuracy over the whole test split, and the paired drop from the original and from our file `own`."""
+    found: dict[Path, Records] = {}
+    for name, path in unique(files).items():
+        progress.say(f"{task.name}: accuracy of {name}")
+        found[path] = records(task, partial(task.call, runner(material.original, path)), "test", progress)
+    for name, path in files.items():
+        now = found[path]
+        rows[name].accuracy = figure(task.metric.reduce(now), task.metric.interval(now), len(now))
+        rows[name].drop = drop(task.metric, found[files[ORIGINAL]], now)
+        if own is not None and path != files[own]:
+            rows[name].ahead = drop(task.metric, found[files[own]], now)
 
 
 def drop(metric: Metric, original: Records, own: Records) -> Figure:
@@ -119,9 +140,18 @@ def drop(metric: Metric, original: Records, own: Records) -> Figure:
 
 
 def race(
-    task: Task, original: Artifact, files: dict[str, Path], batch: int, seconds: float, seed: int
+    task: Task,
+    original: Artifact,
+    files: dict[str, Path],
+    batch: int,
+    seconds: float,
+    seed: int,
+    own: str | None = None,
 ) -> dict[str, Timing]:
-    """Time every file on the same inputs, interleaved and loaded afresh; `seconds` is what each of them gets, about."""
+    """Time every file on the same inputs, interleaved and loaded afresh; `seconds` is what each of them gets, about.
+
+    `own` names the file that the others are compared with besides the original.
+    """
     inputs = inputs_of(task, original, batch)
 
     def load() -> dict[str, Call]:
@@ -130,23 +160,24 @@ def race(
 
     samples = repeat(load, seconds=seconds * len(files), seed=seed)
     found = {}
-    for name, own in samples.items():
-        (middle,) = pooled_estimates(own, lambda taken: np.array([1e3 * np.median(taken)]), seed=seed)
-        ratio = speedup(samples[ORIGINAL], own, seed=seed)
-        rounds = sum(len(rows) for rows in own)
+    for name, taken in samples.items():
+        (middle,) = pooled_estimates(taken, lambda runs: np.array([1e3 * np.median(runs)]), seed=seed)
+        ratio = speedup(samples[ORIGINAL], taken, seed=seed)
+        ahead = speedup(taken, samples[own], seed=seed) if own not in (None, name) else None
+        rounds = sum(len(rows) for rows in taken)
         found[name] = Timing(
             batch=batch,
             threads=THREADS,
             p50_ms=figure(middle.value, middle[1:], rounds),
             faster=figure(ratio.value, ratio[1:], rounds),
+            ahead=figure(ahead.value, ahead[1:], rounds) if ahead else None,
         )
     return found
 
 
 def inputs_of(task: Task, original: Artifact, batch: int) -> dict[str, np.ndarray]:
-    """The first inputs of the test split as one batch of that size, repeated where there are fewer."""
-    runner = Runner(original.target.load(original.file), original.manifest)
-    arrays = task.call(runner.prepare, next(iter(task.batches("test", batch_size=batch))))
+    """The first calibration inputs as one batch of that size, repeated where there are fewer."""
+    arrays = task.call(runner(original, original.file).prepare, next(iter(task.batches("calibrate", batch_size=batch))))
     return sized(arrays, free_inputs(original.manifest), batch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,10 @@ class Material:
     """What every contender of a network is handed.
 
     `original` is the float artifact that all start from, `calibration` holds batches of arrays by input name, `folder`
-    is the contender's own place to write. The file that it returns has the inputs and outputs of `original`.
+    is the contender's own place to write. The file that it returns has the inputs and outputs of `original`. `peers` is
+    the folder of the environments of those that do not run in ours; what a contender adds to `notes` goes beside its
+    figures. One that loses more than `max_drop` percent of the original's figure does
+    not count as fast.
     """
 
     task: Task
@@ -29,6 +32,9 @@ class Material:
     calibration: list[dict[str, np.ndarray]]
     folder: Path
     seed: int = 0
+    max_drop: float = 0.5
+    peers: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class Contender:
 
 
 contenders: dict[str, Contender] = {}
+
+
+def singles(batches: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The same inputs, each as a batch of its own."""
+    return [
+        {name: array[place : place + 1] for name, array in batch.items()}
+        for batch in batches
+        for place in range(len(next(iter(batch.values()))))
+    ]
 
 
 def contender(name: str, package: str) -> Callable[[Make], Make]:

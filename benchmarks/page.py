@@ -8,10 +8,9 @@ from pathlib import Path
 
 from featherweight.core.files import write_text
 
-from .compare import ORIGINAL
 from .record import Figure, Ledger, Network, Row
+from .verdict import OURS, accuracy, duels, keeping, made, milliseconds, ours, speed, verdict
 
-OURS = "featherweight"
 INTRODUCTION = """\
 This page is generated from a ledger by the command below; do not edit it. Every file was made from the same float32
 network and the same calibration data, and all of them were measured in one run: accuracy over the whole test split in
@@ -42,7 +41,7 @@ def page(ledger: Ledger) -> str:
         *summary(ledger),
     ]
     for network in ledger.networks:
-        lines += ["", f"## {network.task}", "", *table(network), *failures(network)]
+        lines += ["", f"## {network.task}", "", *decided(network, ledger.max_drop), *table(network), *failures(network)]
     return "\n".join([*lines, "", "## The contenders", "", *who(ledger)]) + "\n"
 
 
@@ -53,7 +52,8 @@ def table(network: Network) -> Iterator[str]:
     head += [f"{text}, batch {batch}" for batch in batches for text in ("ms", "faster")]
     original = network.rows[0]
     n = original.accuracy.n if original.accuracy else 0
-    yield f"Test inputs: {n}. Calibration inputs: {network.calibration_inputs}. {network.notes}".strip()
+    busy = "" if network.load is None else f" Latency of {network.timed}, at a load average of {network.load:.1f}."
+    yield f"Test inputs: {n}. Calibration inputs: {network.calibration_inputs}.{busy} {network.notes}".strip()
     yield ""
     yield from rows_of(head, (cells(row, original) for row in network.rows if row.state == "done"))
 
@@ -71,58 +71,69 @@ def cells(row: Row, original: Row) -> list[str]:
     ]
 
 
+def decided(network: Network, max_drop: float) -> Iterator[str]:
+    """The verdict, with the figures that it comes from."""
+    own = ours(network)
+    if own is None:
+        return
+    yield f"**Verdict: {verdict(network, max_drop)}.**"
+    yield ""
+    for duel in duels(network, max_drop):
+        form = "{:.2f}" if duel.what == "accuracy" else "{:.3g} ms"
+        unit = "" if duel.what == "accuracy" else "x"
+        both_sides = f"{form.format(duel.ours)}, the best of the others ({duel.rival}) {form.format(duel.theirs)}"
+        yield f"* {duel.what}: ours {both_sides}: {with_spread(duel.ahead, unit)}, {duel.outcome}"
+    yield f"* chosen: {own.note}"
+    yield ""
+
+
 def failures(network: Network) -> Iterator[str]:
     for row in network.rows:
-        if row.state == "failed":
+        if row.state != "done":
             yield ""
-            yield f"{row.contender} failed: {row.reason}"
+            yield f"{row.contender} {'failed' if row.state == 'failed' else f'is {row.state}'}: {row.reason}"
 
 
 def summary(ledger: Ledger) -> Iterator[str]:
-    """featherweight's best against the others' best; who loses more than the bar counts for accuracy only."""
+    """Ours against the others' best; who loses more than the bar counts for accuracy only."""
     yield (
-        f"Fastest and smallest among those that lose at most {ledger.max_drop:g} in the metric's unit."
-        " A ratio above 1, or a positive difference, is in favour of featherweight."
+        f"Fastest and smallest among those that lose at most {ledger.max_drop:g}% of the original's figure. A ratio"
+        " above 1, or a positive difference, is in favour of featherweight. Ours is the file chosen by the validation"
+        " split, theirs the best on the test split. *Level*: the 95% interval of the difference holds none."
     )
     yield ""
     head = ["network", "accuracy: ours / theirs", "difference", "bytes: ours / theirs", "ratio"]
     batches = [timing.batch for timing in ledger.networks[0].rows[0].timings]
     head += [text for batch in batches for text in (f"ms, batch {batch}: ours / theirs", "ratio")]
-    yield from rows_of(head, (against(network, ledger.max_drop, batches) for network in ledger.networks))
+    yield from rows_of([*head, "verdict"], (against(network, ledger.max_drop, batches) for network in ledger.networks))
 
 
 def against(network: Network, max_drop: float, batches: list[int]) -> list[str]:
-    done = [row for row in network.rows if row.state == "done" and row.contender != ORIGINAL]
-    kept = [row for row in done if row.drop is not None and row.drop.value <= max_drop]
     best = max if network.higher_is_better else min
     sign = 1 if network.higher_is_better else -1
     line = [network.task]
-    ours, theirs = (best(map(accuracy, side), default=None) for side in sides(done))
-    line += [both(ours, theirs, "{:.2f}"), "" if ours is None or theirs is None else f"{sign * (ours - theirs):+.2f}"]
-    costs: list[list[list[float]]] = [[[row.bytes for row in side] for side in sides(kept)]]
-    costs += [[[milliseconds(row, batch) for row in side] for side in sides(kept)] for batch in batches]
-    for (our_costs, their_costs), form in zip(costs, ["{:,.0f}"] + ["{:.3g}"] * len(batches)):
-        ours, theirs = min(our_costs, default=None), min(their_costs, default=None)
-        line += [both(ours, theirs, form), "" if ours is None or theirs is None else f"{theirs / ours:.2f}"]
-    return line
+    own, rival = (best(map(accuracy, side), default=None) for side in sides(network, made(network)))
+    line += [both(own, rival, "{:.2f}"), "" if own is None or rival is None else f"{sign * (own - rival):+.2f}"]
+    kept = sides(network, keeping(network, max_drop))
+    own, rival = (min((row.bytes for row in side), default=None) for side in kept)
+    line += [both(own, rival, "{:,.0f}"), "" if own is None or rival is None else f"{rival / own:.2f}"]
+    for batch in batches:
+        fast, faster = (max(side, key=lambda row: speed(row, batch), default=None) for side in kept)
+        own, rival = (None if row is None else milliseconds(row, batch) for row in (fast, faster))
+        line.append(both(own, rival, "{:.3g}"))
+        line.append("" if fast is None or faster is None else f"{speed(fast, batch) / speed(faster, batch):.2f}")
+    return [*line, verdict(network, max_drop)]
 
 
-def sides(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Our rows, and those of the others."""
-    return [row for row in rows if row.package == OURS], [row for row in rows if row.package != OURS]
+def sides(network: Network, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Our row (all of ours where none was chosen), and those of the others."""
+    chosen = ours(network)
+    own = [row for row in rows if row.package == OURS] if chosen is None else [row for row in rows if row is chosen]
+    return own, [row for row in rows if row.package != OURS]
 
 
 def both(ours: float | None, theirs: float | None, form: str) -> str:
     return " / ".join("none" if value is None else form.format(value) for value in (ours, theirs))
-
-
-def accuracy(row: Row) -> float:
-    assert row.accuracy is not None
-    return row.accuracy.value
-
-
-def milliseconds(row: Row, batch: int) -> float:
-    return next(timing.p50_ms.value for timing in row.timings if timing.batch == batch)
 
 
 def who(ledger: Ledger) -> Iterator[str]:
@@ -144,4 +155,4 @@ def rows_of(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
 
 if __name__ == "__main__":
     ledger_path, page_path = map(Path, sys.argv[1:])
-    write_page(Ledger.model_validate_json(ledger_path.read_text(encoding="utf-8")), page_path)
+    write_page(Ledger.read(ledger_path), page_path)
