@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from featherweight.core.encoding import Affine
 from featherweight.core.soft import fold
 from featherweight.core.target import Artifact, target
+from featherweight.model.port import Port
 from featherweight.targets.onnxruntime import reading
 from featherweight.targets.onnxruntime.blocks import block_size
 
@@ -202,3 +203,13 @@ def test_any_session_finds_what_is_stored(tmp_path: Path) -> None:
     artifact = export(stack(4, 32), tmp_path, 2, WIDE)
     session = onnxruntime.InferenceSession(str(artifact.file), providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["up.weight"] == f"uint4 512x{WIDE}"
+
+
+def test_quantized_inputs_go_to_the_kernels_for_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Port(0.02, 128), nn.Linear(WIDE, WIDE), Port(0.02, 128)).eval()
+    stand(model[1], affine((WIDE, WIDE), 4, signed=True, symmetric=True))
+    artifact = target("onnxruntime").export(model, {"input": torch.randn(2, WIDE)}, tmp_path / "out")
+    assert "MatMulNBits" not in artifact.manifest.evidence["integer_kernels"]
+    assert artifact.manifest.evidence["float_kernels"] == {}
+    assert artifact.manifest.stored["1.weight"] == "int4"

@@ -43,8 +43,8 @@ def lower(
     turn_keys(edit)
     check_read(edit, stored)
     narrow = {name: encoding for name, encoding in stored.items() if not whole_bytes(encoding)}
-    in_blocks = use_blocks(edit, narrow, multiply)
-    in_bytes = byte_weights(edit, {name: encoding for name, encoding in narrow.items() if name not in in_blocks})
+    in_bytes = byte_weights(edit, narrow)
+    in_blocks = use_blocks(edit, {name: narrow[name] for name in narrow if name not in in_bytes}, multiply)
     others = {name: encoding for name, encoding in narrow.items() if name not in in_blocks and name not in in_bytes}
     restore(model, edit, others, opset)
     whole = {name: stored[name] for name in stored if name not in narrow or name in in_bytes}
