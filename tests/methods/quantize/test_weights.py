@@ -73,7 +73,7 @@ SETTINGS = [
     {"bits": 5, "method": "hqq"},
     {"bits": 3, "method": "awq"},
     {"bits": 8, "method": "rtn", "group": None, "clipping": False},
-    {"bits": 2, "scaling": True, "other_bits": {"*.down": 6}},
+    {"bits": 2, "scaling": True, "layer_bits": {"*.down": 6}},
 ]
 
 

@@ -170,9 +170,8 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     def _build(self, model: nn.Module, chosen: dict[str, Option], ctx: Context) -> nn.Module:
         widths = {layer: bits for layer, bits in chosen.items() if bits is not None}
         own = replace(ctx, record=StepRecord(step={}))
-        per_layer = "layer_bits" if self.activations == "int8" else "other_bits"
-        settings = {"only": ",".join(widths), "skip": (), per_layer: widths}
-        made = self._step(min(widths.values()), **settings).apply(copied(model), own)
+        item = self._step(min(widths.values()), only=",".join(widths), skip=(), layer_bits=widths)
+        made = item.apply(copied(model), own)
         for layer, how in own.record.changed.items():
             ctx.change(layer, how)
         ctx.record.warnings += own.record.warnings

@@ -48,7 +48,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     `beam` beginnings of each row are kept, `refine` times scales are fitted to the integers, `scaling` scales inputs as
     AWQ does before, and `compensate` measures the error from where the original network was. The blocks of a model are
     gone through one after the other, each with inputs from the rounded ones before it. `embeddings` are stored too,
-    rounded to nearest (or `hqq`). `other_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
+    rounded to nearest (or `hqq`). `layer_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
     Raises `RecipeError` if `group` divides no chosen layer, `NotFinite` if calibration meets NaN.
     """
 
@@ -71,11 +71,11 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     compensate: bool = True
     scaling: bool = False
     embeddings: bool = False
-    other_bits: dict[str, Bits] = Field(default_factory=dict)
+    layer_bits: dict[str, Bits] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits(self) -> WeightQuantization:
-        bits = {self.bits, *self.other_bits.values()}
+        bits = {self.bits, *self.layer_bits.values()}
         if self.format == "nf4" and bits != {4}:
             raise ValueError("the format nf4 has 4 bits; set bits: 4")
         if self.format == "nf4" and self.symmetric:
@@ -85,7 +85,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         return self
 
     def forms(self) -> frozenset[str]:
-        return frozenset(self._form(bits) for bits in (self.bits, *self.other_bits.values()))
+        return frozenset(self._form(bits) for bits in (self.bits, *self.layer_bits.values()))
 
     def _form(self, bits: Bits) -> str:
         if self.format == "nf4":
@@ -95,8 +95,8 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         return f"{'int' if self.symmetric and bits > 2 else 'uint'}{bits}"
 
     def bits_of(self, name: str) -> Bits:
-        """The bits of the layer called `name`: those of the first glob in `other_bits` that matches, else `bits`."""
-        return next((bits for glob, bits in self.other_bits.items() if fnmatchcase(name, glob)), self.bits)
+        """The bits of the layer called `name`: those of the first glob in `layer_bits` that matches, else `bits`."""
+        return next((bits for glob, bits in self.layer_bits.items() if fnmatchcase(name, glob)), self.bits)
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         matrices = {}
