@@ -18,7 +18,7 @@ from featherweight.core.target import Artifact, Runner, target
 from featherweight.core.task import Task, find_task
 from featherweight.measure.inputs import free_inputs, sized
 from featherweight.measure.statistics import pooled_estimates, speedup
-from featherweight.measure.timing import Call, repeat
+from featherweight.measure.timing import Call, Clock, repeat
 
 from .contender import Contender, Material, singles
 from .peers import NotInstalled
@@ -37,12 +37,16 @@ class Terms:
     seed: int = 0
     max_drop: float = 0.5
     peers: Path | None = None
+    clock: str = "wall"
+
+
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter_ns, "processor": time.thread_time_ns}
 
 
 def compare(spec: str, entrants: list[Contender], folder: Path, terms: Terms, progress: Progress) -> Network:
     """Make every contender's file for the task `spec` under `folder`, then measure them all side by side."""
     task = find_task(spec)
-    material = replace(prepare(task, folder, terms.seed), max_drop=terms.max_drop, peers=terms.peers)
+    material = replace(prepare(task, folder, terms.seed), max_drop=terms.max_drop, peers=terms.peers, clock=terms.clock)
     rows = {ORIGINAL: Row(contender=ORIGINAL, package="featherweight", about="The network as it is, exported to ONNX.")}
     files = {ORIGINAL: material.original.file}
     for entrant in entrants:
@@ -56,7 +60,7 @@ def compare(spec: str, entrants: list[Contender], folder: Path, terms: Terms, pr
     shapes = {name: array.shape for name, array in inputs_of(task, material.original, 1).items()}
     for batch in terms.batches:
         progress.say(f"{spec}: latency at batch {batch}, load average {os.getloadavg()[0]:.1f}")
-        timings = race(task, material.original, unique(files), batch, terms.seconds, terms.seed, own)
+        timings = race(task, material, unique(files), batch, terms.seconds, own)
         for name, path in files.items():
             rows[name].timings.append(next(timings[other] for other in timings if files[other] == path))
     for name, path in files.items():
@@ -69,6 +73,7 @@ def compare(spec: str, entrants: list[Contender], folder: Path, terms: Terms, pr
         calibration_inputs=sum(len(next(iter(batch.values()))) for batch in material.calibration),
         notes=task.notes,
         load=load,
+        clock=terms.clock,
         timed=", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()),
         rows=list(rows.values()),
     )
@@ -140,25 +145,20 @@ def drop(metric: Metric, original: Records, own: Records) -> Figure:
 
 
 def race(
-    task: Task,
-    original: Artifact,
-    files: dict[str, Path],
-    batch: int,
-    seconds: float,
-    seed: int,
-    own: str | None = None,
+    task: Task, material: Material, files: dict[str, Path], batch: int, seconds: float, own: str | None = None
 ) -> dict[str, Timing]:
     """Time every file on the same inputs, interleaved and loaded afresh; `seconds` is what each of them gets, about.
 
     `own` names the file that the others are compared with besides the original.
     """
+    original, seed = material.original, material.seed
     inputs = inputs_of(task, original, batch)
 
     def load() -> dict[str, Call]:
         sessions = {name: original.target.load(path, THREADS) for name, path in files.items()}
         return {name: partial(session, **inputs) for name, session in sessions.items()}
 
-    samples = repeat(load, seconds=seconds * len(files), seed=seed)
+    samples = repeat(load, seconds=seconds * len(files), seed=seed, clock=CLOCKS[material.clock])
     found = {}
     for name, taken in samples.items():
         (middle,) = pooled_estimates(taken, lambda runs: np.array([1e3 * np.median(runs)]), seed=seed)

@@ -24,7 +24,7 @@ class Material:
     is the contender's own place to write. The file that it returns has the inputs and outputs of `original`. `peers` is
     the folder of the environments of those that do not run in ours; what a contender adds to `notes` goes beside its
     figures. One that loses more than `max_drop` percent of the original's figure does
-    not count as fast.
+    not count as fast, and `clock` says how that is timed.
     """
 
     task: Task
@@ -34,6 +34,7 @@ class Material:
     seed: int = 0
     max_drop: float = 0.5
     peers: Path | None = None
+    clock: str = "wall"
     notes: list[str] = field(default_factory=list)
 
 

@@ -20,7 +20,7 @@ import torch
 from featherweight.core.machine import describe
 from featherweight.core.progress import Progress
 
-from .compare import THREADS, Terms, compare
+from .compare import CLOCKS, THREADS, Terms, compare
 from .contender import Contender, load
 from .page import write_page
 from .peers import VARIABLE, installed
@@ -65,6 +65,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", type=Path, default=os.environ.get(VARIABLE), help="folder of the peers' environments"
     )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: where other work keeps it busy")
     parser.add_argument("--add", action="store_true", help="keep the other networks in the ledger of that date")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -104,7 +105,7 @@ def command(given: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     given, progress = arguments(argv), Lines()
     torch.set_num_threads(THREADS)
-    terms = Terms(given.batches, given.seconds, given.seed, given.max_drop, given.peers)
+    terms = Terms(given.batches, given.seconds, given.seed, given.max_drop, given.peers, given.clock)
     path = Ledger.path(given.out, "int8", given.date)
     networks = [old for old in Ledger.read(path).networks if old.task not in given.networks] if given.add else []
     for spec in given.networks:

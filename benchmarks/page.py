@@ -52,7 +52,8 @@ def table(network: Network) -> Iterator[str]:
     head += [f"{text}, batch {batch}" for batch in batches for text in ("ms", "faster")]
     original = network.rows[0]
     n = original.accuracy.n if original.accuracy else 0
-    busy = "" if network.load is None else f" Latency of {network.timed}, at a load average of {network.load:.1f}."
+    clock = ", in time of the processor (what else the machine does is left out)" if network.clock != "wall" else ""
+    busy = f" Latency of {network.timed}, at a load average of {network.load:.1f}{clock}." if network.load else ""
     yield f"Test inputs: {n}. Calibration inputs: {network.calibration_inputs}.{busy} {network.notes}".strip()
     yield ""
     yield from rows_of(head, (cells(row, original) for row in network.rows if row.state == "done"))

@@ -61,7 +61,7 @@ class Network(Record):
     """All contenders on one network, judged on its whole test split.
 
     `load` is the load average of the machine over the minute before latency was measured, `timed` the
-    shape of the inputs at batch 1.
+    shape of the inputs at batch 1. `clock` is wall time, or time of the processor in the thread that calls.
     """
 
     task: str
@@ -71,6 +71,7 @@ class Network(Record):
     calibration_inputs: int
     notes: str = ""
     load: float | None = None
+    clock: str = "wall"
     timed: str = ""
     rows: list[Row]
 

@@ -71,7 +71,7 @@ def chosen(material: Material) -> Path:
     lost = {name: material.task.metric.drop(before, now) for name, now in zip(files, after)}
     bar = material.max_drop / 100 * abs(before)
     keen = {name: path for name, path in files.items() if lost[name] <= bar} or files
-    timings = race(material.task, material.original, {ORIGINAL: material.original.file, **keen}, 1, 1.0, material.seed)
+    timings = race(material.task, material, {ORIGINAL: material.original.file, **keen}, 1, 1.0)
     fastest = min(timings[name].p50_ms.value for name in keen)
     quick = [name for name in keen if timings[name].p50_ms.value <= SLOWER * fastest or keen is files]
     best = min(quick, key=lambda name: lost[name])

@@ -115,3 +115,8 @@ def test_repeat_loads_afresh_each_time():
     assert [len(rows) for rows in samples["a"]] == [len(rows) for rows in samples["b"]]
     assert len(samples["a"]) == 3
     assert all(3 <= len(rows) <= 4 for rows in samples["a"])
+
+
+def test_time_of_the_processor_leaves_waiting_out():
+    samples = interleave({"a": sleeper(0.01)}, seconds=0.05, min_rounds=3, clock=time.thread_time_ns)["a"]
+    assert 0 <= samples.max() < 0.005
