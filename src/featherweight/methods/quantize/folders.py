@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from featherweight.core.blocks import real_positions, walk
 from featherweight.core.context import Context
@@ -29,6 +31,16 @@ PAGE = "encodings.json"
 KINDS: dict[str, type[Encoding]] = {"affine": Affine, "codebook": Codebook}
 
 
+class _Empty(TorchFunctionMode):
+    """`torch.empty` allocates nothing: layers make their parameters with it, and buffers with other functions."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if function is torch.empty and given.get("device") is None:
+            given["device"] = "meta"
+        return function(*args, **given)
+
+
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Modules made inside the block have parameters without content (on the meta device); buffers are real."""
@@ -41,7 +53,8 @@ def without_weights() -> Iterator[None]:
 
     nn.Module.register_parameter = hollow  # type: ignore[method-assign,assignment]
     try:
-        yield
+        with _Empty():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -65,10 +78,12 @@ def quantize_folder(
     shards = Shards(source)
     with without_weights():
         model = make().eval()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise TaskError(f"the model makes its buffer {name!r} with torch.empty; it has no content then")
     ctx.record = StepRecord(step=step.full())
-    matrices = chosen_matrices(step, model, ctx)
-    step.check_group(matrices)
-    inside = {matrix.name: matrix for matrix in matrices}
+    inside = {matrix.name: matrix for matrix in chosen_matrices(step, model, ctx)}
+    step.check_group(list(inside.values()))
     hollow: dict[str, nn.Module] = {}
     found: dict[str, Any] = {}
 
@@ -83,6 +98,7 @@ def quantize_folder(
         def leave(name: str) -> None:
             writer.add(stored_tensors(model.get_submodule(name), name, found))
             _put(model, name, hollow.pop(name))
+            gc.collect()  # the generated classes of parametrized modules lie in cycles
 
         blocks = _block_names(model)
         for name in [name for name in inside if not name.startswith(tuple(f"{block}." for block in blocks))]:
