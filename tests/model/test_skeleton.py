@@ -313,7 +313,7 @@ def test_saving_appears_whole_or_not_at_all(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("featherweight.model.skeleton.save_file", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="no space left"):
         save(nn.Sequential(nn.Linear(3, 3)), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]

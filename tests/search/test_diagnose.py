@@ -21,6 +21,7 @@ from featherweight.core.run import Budget
 from featherweight.core.step import step
 from featherweight.core.task import Task
 from featherweight.model.parts import Replay, only, parts
+from featherweight.model.select import LayerStep
 from featherweight.search.diagnose import diagnose, parse_method
 
 LAYERS = {"stem", "conv", "depth", "hidden", "head"}
@@ -77,7 +78,9 @@ def test_the_damaged_layer_comes_first(seed: int, kind: str):
 def test_one_layer_alone_is_the_method_on_that_layer(make: Any, kind: str):
     task = make()
     context = Context(task, device=torch.device("cpu"))
-    model, record = run_step(step(kind), task.fresh(), context)
+    item = step(kind)
+    assert isinstance(item, LayerStep)
+    model, record = run_step(item.alone(), task.fresh(), context)
     owned, inputs = parts(model), task.example
     replay = Replay(model, owned)
     assert not difference(task.original(**inputs), replay.start(inputs)), "all off is the original"

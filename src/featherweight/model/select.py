@@ -69,6 +69,10 @@ class LayerStep(Step):
     only: str = "*"
     skip: tuple[str, ...] = ()
 
+    def alone(self) -> LayerStep:
+        """This step without repairs that reach across layers: what a diagnosis applies, layer by layer."""
+        return self
+
     def layers(self, model: nn.Module, ctx: Context, types: Kinds) -> list[tuple[str, nn.Module]]:
         """The chosen layers of these types.
 

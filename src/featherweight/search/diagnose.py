@@ -118,7 +118,8 @@ def diagnose(
     """Measure what the last step of `recipe` costs in each layer alone, after the steps before it.
 
     One pass over the first `limit` inputs of `split`. Where the step only rounds or masks weights and activations its
-    parts are switched on layer by layer in one compressed model; else the step is applied to each layer alone. Layers
+    parts are switched on layer by layer in one compressed model; else the step is applied to each layer alone. Repairs
+    that reach across layers (the correction of biases) are left out, and `method` in the result says so. Layers
     are ranked by the part of the drop that is certain (lower end of the paired 95% interval, above zero), then by
     signal to noise. The worst ones, as few as are needed for the drop to come down to `bar` (the metric's unit; None:
     for the interval of the drop to hold zero), make `skip`. Raises `RecipeError` for a step that has no layers.
@@ -131,7 +132,7 @@ def diagnose(
     model = task.fresh()
     for item in before:
         model, _ = run_step(item, model, ctx)
-    found = _Examination(task, ctx, Variants(ctx, last, model), split, limit, bar).diagnosis()
+    found = _Examination(task, ctx, Variants(ctx, last.alone(), model), split, limit, bar).diagnosis()
     given = {"before": [item.dump() for item in before], "seconds": clock.perf_counter() - started}
     return found.model_copy(update=given)
 

@@ -125,7 +125,7 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
         found = Measured()
         for bits in sorted(set(self.bits)):
             own = replace(ctx, record=StepRecord(step={}))
-            changed = self._step(bits).apply(copied(model), own)
+            changed = self._step(bits).alone().apply(copied(model), own)
             owned = {layer: each for layer, each in parts(changed).items() if layer in own.record.changed}
             found.left = own.record.left
             sizes, stored = stored_sizes(changed, owned)

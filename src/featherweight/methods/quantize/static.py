@@ -73,7 +73,11 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
     bias_correction: bool = True
 
     def forms(self) -> frozenset[str]:
-        return frozenset({f"int{self.bits}"})
+        return frozenset(f"int{bits}" for bits in (self.bits, max(self.bits, self.ends), *self.layer_bits.values()))
+
+    def alone(self) -> StaticQuantization:
+        """Without the correction of biases, which makes up for all layers before together."""
+        return self.model_copy(update={"bias_correction": False})
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         links = {name: chain for name, _, _, chain in chains(model)}
