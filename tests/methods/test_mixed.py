@@ -27,7 +27,7 @@ def test_no_other_choice_loses_less(seed: int, layers: int, budget: float):
     random = np.random.default_rng(seed)
     costs = random.integers(1, 64, (layers, 3)).astype(float)
     losses = random.random((layers, 3))
-    limit = budget * costs.max(1).sum()
+    limit = math.floor(budget * costs.max(1).sum())
     best = min(
         (
             sum(losses[layer, option] for layer, option in enumerate(options))
