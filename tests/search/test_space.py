@@ -80,6 +80,14 @@ def test_whole_numbers_stay_whole() -> None:
     assert len(counts) > 5 and all(isinstance(count, int) and 1 <= count <= 64 for count in counts)
 
 
+def test_what_gains_nothing_in_the_objective_is_left_out() -> None:
+    registry.load("methods")
+    runtime = target("onnxruntime")
+    assert "nothing better in latency" in space_for(task(), runtime, "latency").left_out["quantize.weights"]
+    for objective in ("size", "accuracy"):
+        assert "quantize.weights" not in space_for(task(), runtime, objective).left_out
+
+
 def test_what_cannot_work_is_left_out_with_its_reason() -> None:
     with registered(Narrow, Heal, Round, Zeros, Float16):
         left = space_for(task(), Tiny()).left_out

@@ -77,6 +77,7 @@ class Step(BaseModel):
     makes: ClassVar[frozenset[str]] = frozenset()  # forms of encodings that a target must carry
     paper: ClassVar[str] = ""
     place: ClassVar[Place | None] = None  # None: the search does not use it by itself
+    gains: ClassVar[frozenset[str]] = frozenset({"latency", "size", "energy"})  # objectives that the search uses it for
     trains: ClassVar[bool] = False
 
     def __init_subclass__(cls, kind: str = "", **rest: Any) -> None:

@@ -108,7 +108,8 @@ def space_for(
 ) -> Space:
     """The space of what can work on `task` and `target`: methods are found through the registry.
 
-    Left out, with the reason: methods whose forms the target does not carry, methods that only make zeros where the
+    Left out, with the reason: methods that gain nothing in the objective (weights alone in few bits make files smaller,
+    not faster), methods whose forms the target does not carry, methods that only make zeros where the
     target stores zeros as plain numbers, and methods that train where there are no training data or no time
     (`epochs`, what one step may train).
     """
@@ -118,7 +119,7 @@ def space_for(
     for place in Place:
         here = sorted((kind for kind in Step.kinds.values() if kind.place is place), key=lambda kind: kind.kind)
         for kind in here:
-            if reason := _unusable(kind, task, target, epochs):
+            if reason := _unusable(kind, task, target, objective, epochs):
                 left[kind.kind] = reason
         kinds[place] = tuple(kind for kind in here if kind.kind not in left)
     return Space(
@@ -126,9 +127,11 @@ def space_for(
     )
 
 
-def _unusable(kind: type[Step], task: Task, target: Target, epochs: float | None) -> str:
+def _unusable(kind: type[Step], task: Task, target: Target, objective: str, epochs: float | None) -> str:
     if any(field.is_required() and name not in knobs(kind) for name, field in kind.model_fields.items()):
         return "it has a setting without a default that the search does not know how to choose"
+    if objective != "accuracy" and objective not in kind.gains:
+        return f"it makes nothing better in {objective}"
     if missing := target.refuses(kind.makes):
         return f"the target {target.name} does not carry {', '.join(missing)}"
     if kind.place is Place.SPARSIFY and not (WITH_ZEROS & target.carries):

@@ -56,6 +56,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
     makes: ClassVar[frozenset[str]] = frozenset({"uint4"})
     place: ClassVar[Place | None] = Place.ENCODE
+    gains: ClassVar[frozenset[str]] = frozenset({"size"})
     paper: ClassVar[str] = "arXiv:2210.17323"
 
     bits: Annotated[Bits, OneOf(8, 4, 3)] = 4
