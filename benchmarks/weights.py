@@ -84,12 +84,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def steps(given: argparse.Namespace) -> list[Step]:
-    """Every method at every width; at two bits GPTQ also on the grid of half steps."""
+    """Every method at every width; at two bits GPTQ also on the grid of half steps, and with one bit more for the values of attention."""
     found = []
     for bits in given.bits:
         found += [{"bits": bits, "method": method} for method in given.methods]
         if bits == 2 and "gptq" in given.methods:
-            found.append({"bits": 2, "method": "gptq", "symmetric": True})
+            halves = {"bits": 2, "method": "gptq", "symmetric": True}
+            found += [halves, {**halves, "beam": 16, "scaling": True, "other_bits": {"*.v_proj": 3}}]
     return [step("quantize.weights", group=given.group, **settings) for settings in found]
 
 
@@ -139,6 +140,7 @@ def page(ledger: Ledger) -> str:
     lines.append(f"| 32 | float32 | 32 | {text(ledger.original)} | | |")
     for item in ledger.rows:
         name = item.step["method"] + (", half steps" if item.step["symmetric"] else "")
+        name += "".join(f", {glob} {bits} bits" for glob, bits in item.step["other_bits"].items())
         figure = text(item.metric)
         lines.append(
             f"| {item.step['bits']} | {name} | {item.bits_per_weight:.2f} | {figure} | {item.bytes:,} "

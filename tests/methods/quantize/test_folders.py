@@ -104,7 +104,7 @@ from test_folders import *
 torch.set_num_threads(1)
 item = step("quantize.weights", bits=4, group=32, beam=1, refine=0, compensate=False)
 ctx = Context(task(), device=CPU)
-make = lambda: llama(width=256, blocks=64)
+make = lambda: llama(width=256, blocks=40)
 run_step(item, task().fresh(), ctx)  # libraries take what they take once
 def data():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
@@ -122,7 +122,7 @@ print("done")
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is that of Linux")
 def test_a_model_four_times_the_memory_it_may_use(tmp_path):
-    model = llama(width=256, blocks=64)
+    model = llama(width=256, blocks=40)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     shards_of(model, tmp_path / "from")
     del model
@@ -137,4 +137,4 @@ def test_a_model_four_times_the_memory_it_may_use(tmp_path):
         env={**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert found.stdout.split() == ["limited", "done"], found.stderr[-2000:]
-    assert len(json.loads((tmp_path / "to" / "encodings.json").read_text())) == 64 * 7
+    assert len(json.loads((tmp_path / "to" / "encodings.json").read_text())) == 40 * 7
