@@ -84,13 +84,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def steps(given: argparse.Namespace) -> list[Step]:
-    """Every method at every width; at two bits GPTQ also on the grid of half steps, and with one bit more for the values of attention."""
+    """Every method at every width; at two bits GPTQ also in half steps, and with a bit more for values of attention."""
     found = []
     for bits in given.bits:
         found += [{"bits": bits, "method": method} for method in given.methods]
         if bits == 2 and "gptq" in given.methods:
             halves = {"bits": 2, "method": "gptq", "symmetric": True}
-            found += [halves, {**halves, "beam": 16, "scaling": True, "other_bits": {"*.v_proj": 3}}]
+            found += [halves, {**halves, "beam": 16, "scaling": True, "layer_bits": {"*.v_proj": 3}}]
     return [step("quantize.weights", group=given.group, **settings) for settings in found]
 
 
@@ -140,7 +140,7 @@ def page(ledger: Ledger) -> str:
     lines.append(f"| 32 | float32 | 32 | {text(ledger.original)} | | |")
     for item in ledger.rows:
         name = item.step["method"] + (", half steps" if item.step["symmetric"] else "")
-        name += "".join(f", {glob} {bits} bits" for glob, bits in item.step["other_bits"].items())
+        name += "".join(f", {glob} {bits} bits" for glob, bits in item.step["layer_bits"].items())
         figure = text(item.metric)
         lines.append(
             f"| {item.step['bits']} | {name} | {item.bits_per_weight:.2f} | {figure} | {item.bytes:,} "
