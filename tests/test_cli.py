@@ -217,7 +217,7 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_a_full_disk() -> None:
 def test_diagnose_ranks_the_layers_and_writes_a_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page"
     found = answer(capfd, "diagnose", f"{TASKS}:bars", "--inputs", "64", "--out", str(page))
-    assert found["n"] == 64 and len(found["layers"]) > 1 and found["method"] == {"kind": "quantize.static"}
+    assert found["n"] == 64 and len(found["layers"]) > 1 and found["method"]["kind"] == "quantize.static"
     assert json.loads((page / "diagnosis.json").read_text()) | {"line": found["line"]} == found
     assert "Each layer compressed alone" in (page / "diagnosis.html").read_text()
     assert main(["diagnose", f"{TASKS}:bars", "--out", str(page)]) == 2
