@@ -51,6 +51,21 @@ class Contender:
 contenders: dict[str, Contender] = {}
 
 
+def one_length(batches: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The same inputs, padded behind with zeros to one length where an attention mask says what is padding.
+
+    Calibration that keeps all activations stacks them, and fails on lengths that differ.
+    """
+    longest = max((batch["attention_mask"].shape[1] for batch in batches if "attention_mask" in batch), default=0)
+    return [
+        {
+            name: np.pad(array, ((0, 0), (0, longest - array.shape[1]))) if longest else array
+            for name, array in batch.items()
+        }
+        for batch in batches
+    ]
+
+
 def singles(batches: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """The same inputs, each as a batch of its own."""
     return [

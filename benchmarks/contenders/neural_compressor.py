@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..contender import Material, contender
+from ..contender import Material, contender, one_length
 from ..peers import Peer, write_calibration
 
 
 def quantized(material: Material, method: str) -> Path:
     peer, out = Peer("neural-compressor", material.peers), material.folder / "model.onnx"
-    calibration = write_calibration(material.folder / "calibration.npz", material.calibration)
+    calibration = write_calibration(material.folder / "calibration.npz", one_length(material.calibration))
     peer.run("quantize_neural_compressor.py", material.original.file, calibration, out, "--method", method)
     return out
 

@@ -18,7 +18,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from ..contender import Material, contender
+from ..contender import Material, contender, one_length
 
 
 class Batches(CalibrationDataReader):
@@ -43,7 +43,7 @@ def static(material: Material, method: CalibrationMethod, **extra: Any) -> Path:
     quantize_static(
         str(prepared(material)),
         str(path),
-        Batches(material.calibration),
+        Batches(one_length(material.calibration)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
