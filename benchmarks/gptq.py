@@ -234,15 +234,15 @@ def page(ledger: Ledger) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    added = max(after - before for before, after in zip(row.start_mib, row.peak_mib))
+    added = [f"{after - before:.0f}" for before, after in zip(row.start_mib, row.peak_mib)]
     return [
         row.contender,
         f"{row.error:.5f}",
         f"{min(row.seconds):.1f}",
         f"{min(row.cpu_seconds):.1f}",
         f"{max(row.peak_mib):.0f}",
-        f"{max(row.start_mib):.0f}",
-        f"{added:.0f}",
+        f"{max(row.start_mib):.0f}" if added else "not measured",
+        max(added, key=float, default="not measured"),
     ]
 
 

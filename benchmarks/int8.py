@@ -51,6 +51,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="TASK")
     parser.add_argument("--contenders", nargs="+", default=None, metavar="NAME", help="parts of names; default: all")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/ledger"), help="folder of the ledger")
+    parser.add_argument("--name", default="int8", help="of the ledger: NAME-DATE.json")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks.md"))
     parser.add_argument("--date", required=True, help="of this run, YYYY-MM-DD")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
@@ -95,6 +96,8 @@ def command(given: argparse.Namespace) -> str:
         ("seconds", 3.0),
         ("max_drop", 0.5),
         ("seed", 0),
+        ("clock", "wall"),
+        ("name", "int8"),
     ):
         value = getattr(given, name)
         if value != standard:
@@ -106,14 +109,14 @@ def main(argv: list[str] | None = None) -> int:
     given, progress = arguments(argv), Lines()
     torch.set_num_threads(THREADS)
     terms = Terms(given.batches, given.seconds, given.seed, given.max_drop, given.peers, given.clock)
-    path = Ledger.path(given.out, "int8", given.date)
+    path = Ledger.path(given.out, given.name, given.date)
     networks = [old for old in Ledger.read(path).networks if old.task not in given.networks] if given.add else []
     for spec in given.networks:
         with tempfile.TemporaryDirectory() as folder:
             networks.append(compare(spec, chosen(given.contenders), Path(folder), terms, progress))
         networks.sort(key=lambda found: NETWORKS.index(found.task) if found.task in NETWORKS else len(NETWORKS))
         ledger = Ledger(
-            benchmark="int8",
+            benchmark=given.name,
             date=given.date,
             command=command(given),
             machine=describe(),

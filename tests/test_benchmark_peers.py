@@ -11,7 +11,7 @@ from benchmarks.compare import Terms, compare
 from benchmarks.contender import load, one_length
 from benchmarks.peers import NotInstalled, Peer, names, requirements, write_calibration
 from benchmarks.peers.calibration import inputs_in
-from benchmarks.record import CHOSEN, Figure, Network, Row, Timing
+from benchmarks.record import CHOSEN, Figure, Ledger, Network, Row, Timing
 from benchmarks.verdict import ORIGINAL, duels, verdict
 
 TASKS = str(Path(__file__).parent / "tiny_tasks.py")
@@ -167,3 +167,9 @@ def test_the_gptq_page_of_the_repository_is_that_of_its_ledger() -> None:
     assert ledgers
     newest = gptq.Ledger.model_validate_json(ledgers[-1].read_text(encoding="utf-8"))
     assert (root / "docs" / "benchmarks-gptq.md").read_text(encoding="utf-8") == gptq.page(newest)
+
+
+def test_the_page_beside_the_peers_is_that_of_its_ledger() -> None:
+    root = Path(__file__).parent.parent
+    newest = Ledger.read(sorted((root / "benchmarks" / "ledger").glob("peers-*.json"))[-1])
+    assert (root / "docs" / "benchmarks-peers.md").read_text(encoding="utf-8") == page.page(newest)
