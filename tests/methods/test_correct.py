@@ -129,3 +129,13 @@ def test_same_seed_same_rounding():
     task = conv_task()
     one, other = (_run(task, bits=4, rounding="adaptive", iterations=5)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_biases_are_what_integer_kernels_add(bits):
+    model, _ = _run(conv_task(), bits=bits, activation_bits=bits)
+    for node in model.graph.nodes:
+        if name := weight_name(node):
+            layer, port = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(str(node.args[0].target))
+            steps = layer.bias / (port.scale * layer.parametrizations["weight"][-1].scale)
+            assert torch.allclose(steps, steps.round(), atol=1e-2 if bits == 8 else 1e-3, rtol=1e-6)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .port import Port
 
@@ -19,12 +19,20 @@ LIMIT = 2**30  # bytes of kept values that stay in memory
 class Runner(fx.Interpreter):
     """Runs any nodes of a captured graph from given values.
 
-    The tensors in `held` stand in for those of the graph, by full name; without `ports` ports do nothing.
+    The tensors in `held` and the modules in `instead` stand in for those of the graph, by full name; without `ports`
+    ports do nothing.
     """
 
-    def __init__(self, module: fx.GraphModule, held: Mapping[str, Tensor] | None = None, ports: bool = True):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        held: Mapping[str, Tensor] | None = None,
+        ports: bool = True,
+        instead: Mapping[str, nn.Module] | None = None,
+    ):
         super().__init__(module, garbage_collect_values=False)
         self.held, self.ports = {} if held is None else held, ports
+        self.instead = {} if instead is None else instead
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.held[target] if target in self.held else super().get_attr(target, args, kwargs)
@@ -32,6 +40,8 @@ class Runner(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not self.ports and isinstance(self.submodules[target], Port):
             return args[0]
+        if target in self.instead:
+            return self.instead[target](*args, **kwargs)
         return super().call_module(target, args, kwargs)
 
     def part(self, nodes: Iterable[fx.Node], values: Values) -> Values:

@@ -7,12 +7,15 @@ Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Corre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ...model.flow import Flow
 from ...model.norms import LINEAR, attribute
+from ...model.port import Port
+from .placement import moved_from
 
 
 class ChannelMean:
@@ -65,3 +68,23 @@ def correct_biases(
         held.data = corrected(held, wanted, got)
         done.append(name.rpartition(".")[0])
     return done
+
+
+@torch.no_grad()
+def round_bias(module: fx.GraphModule, name: str, node: fx.Node) -> None:
+    """Put the bias of a layer, the operation `node` on the weight `name`, on multiples of its input's step times its
+    weight's; in place.
+
+    Integer kernels add it as such a number, and in few bits these are so coarse that a model with other biases is not
+    the one that is deployed. A bias that several operations read stays as it is, as does one without a port before it.
+    """
+    bias, given = node.args[2] if len(node.args) > 2 else None, moved_from(node.args[0])
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or len(bias.users) != 1:
+        return
+    port = module.get_submodule(str(given.target)) if given is not None and given.op == "call_module" else None
+    if isinstance(port, Port):
+        prefix, _, last = name.rpartition(".")
+        links: Any = module.get_submodule(prefix).parametrizations
+        held = attribute(module, bias.target)
+        unit = links[last][-1].scale * port.scale
+        held.data = ((held / unit).round() * unit).to(held.dtype)

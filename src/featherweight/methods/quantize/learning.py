@@ -19,6 +19,7 @@ from featherweight.model.norms import TRANSPOSED, attribute, folded
 from featherweight.model.port import Port
 from featherweight.model.rounding import Rounding
 
+from .correct import round_bias
 from .placement import moved_from, weight_name
 
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -182,8 +183,8 @@ class Learning:
             origin = self.module.get_submodule(other)
             assert isinstance(origin, Port)
             _swap(self.module, name, Port(origin.scale, origin.zero, origin.bits))
-        for name in self.plan.layers:
-            self._round_bias(name)
+        for name, node in self.plan.layers.items():
+            round_bias(self.module, name, node)
         if self.norms:
             del self.module.norms
         self.module.graph.lint()
@@ -202,16 +203,6 @@ class Learning:
         put = next(user for user in node.users if user.target == _norm_name(node))
         put.replace_all_uses_with(node)
         self.module.graph.erase_node(put)
-
-    def _round_bias(self, name: str) -> None:
-        """Put a bias on multiples of the input's step times the weight's: integer kernels add it as such a number, and
-        in few bits these are so coarse that a model with other biases is not the one that is deployed.
-        """
-        links, _, bias = self._parts(name)
-        given = moved_from(self.plan.layers[name].args[0])
-        if bias is not None and given is not None and _is_port(self.module, given):
-            unit = links[-1].scale * self.module.get_submodule(str(given.target)).scale
-            bias.copy_((bias / unit).round() * unit)
 
 
 def _into(moments: Moments) -> Callable[[tuple[Any, ...], Any], None]:

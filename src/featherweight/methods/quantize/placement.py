@@ -59,6 +59,11 @@ class Placement:
         """Whether `node` reads the port behind `value`."""
         return value not in self.readers or node in self.readers[value]
 
+    def ports(self) -> dict[str, str]:
+        """The name of every port, with that of the port whose grid it has: mostly its own."""
+        names = {value: value for value in self.sources} | self.shared
+        return {f"ports.{value.name}": f"ports.{origin.name}" for value, origin in names.items()}
+
 
 def weight_name(node: fx.Node) -> str | None:
     """The full name of the weight of a convolution or linear operation; None for any other operation, or a computed

@@ -4,8 +4,8 @@ holds all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -69,6 +69,21 @@ def by_block(graph: fx.Graph, layers: Mapping[str, fx.Node]) -> list[Segment]:
     if any(node in names for node in nodes[start:]):  # several outputs: what is left over is one piece, up to the last
         stop = max(place for place, node in enumerate(nodes) if node in names)
         found.append(_segment(nodes, start, stop, names))
+    return found
+
+
+def with_ports(graph: fx.Graph, segments: Iterable[Segment], ports: Container[str]) -> list[Segment]:
+    """The segments, each with those of `ports` (names) before it that only it reads."""
+    places, found = {node: place for place, node in enumerate(graph.nodes)}, []
+    for segment in segments:
+        inside = set(segment.nodes)
+        before = [
+            node
+            for node in segment.given()
+            if node.op == "call_module" and str(node.target) in ports and set(node.users) <= inside
+        ]
+        nodes = (*sorted(before, key=places.__getitem__), *segment.nodes)
+        found.append(replace(segment, start=min(segment.start, *map(places.__getitem__, nodes)), nodes=nodes))
     return found
 
 

@@ -19,13 +19,13 @@ from featherweight.model.norms import TRANSPOSED, attribute, without_norms
 from featherweight.model.rounding import Rounding
 from featherweight.model.select import LayerStep, excluded, patterns
 
-from .correct import correct_biases
+from .correct import correct_biases, round_bias
 from .equalize import equalize
 from .observe import insert_ports, keep_links, observe, round_weight
 from .placement import Placement, place, stored_weights, weight_name
 from .ranges import Calibration
 from .reconstruct import reconstruct
-from .segments import by_block, by_layer
+from .segments import Segment, by_block, by_layer, with_ports
 from .smooth import smooth
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -42,8 +42,10 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
     Before that, `equalize` rescales channels between layers (arXiv:1906.04721), and `smooth` moves that share of the
     spread of activations into the weights of linear layers (arXiv:2211.10438). `rounding` is to the nearest integer,
     or learned in `iterations` steps so that each layer ("adaptive", AdaRound, arXiv:2004.10568) or each block of layers
-    ("block", BRECQ, arXiv:2102.05426) gives what it gave before. `bias_correction` then takes what the means of layers
-    have moved off their biases. These see the calibration data layer by layer; what is kept between layers lies in
+    ("block", BRECQ, arXiv:2102.05426) gives what it gave before. `clipping` "learned" does so with the ranges of
+    activations, from those of calibration on (arXiv:1902.08153, arXiv:2004.09576), block by block, together with
+    `rounding` "block". `bias_correction` then takes what the means of layers have moved off their biases, which at last
+    are put on the grid that integer kernels add them on. These see the calibration data layer by layer; what is kept between layers lies in
     memory up to 1 GiB, beyond that in a temporary folder.
 
     Ports stand at the inputs of convolutions and linear layers, at the outputs of convolutions, and around additions,
@@ -69,6 +71,7 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
     equalize: bool = False
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
     rounding: Literal["nearest", "adaptive", "block"] = "nearest"
+    clipping: Literal["calibrated", "learned"] = "calibrated"
     iterations: Annotated[int, Field(ge=1)] = 1000
     bias_correction: bool = True
 
@@ -132,15 +135,39 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
         links: dict[str, Rounding] = {}
         for name, node in placement.layers.items():
             links[name] = round_weight(module, name, channel_axis(node), bits[name], self.weights)
-        if self.rounding != "nearest":
-            parts = (by_layer if self.rounding == "adaptive" else by_block)(module.graph, placement.layers)
-            batches, generator = (lambda: calibration(ctx)), ctx.generator("rounding")
-            gains = reconstruct(module, parts, links, batches, plain, self.iterations, generator, ctx.progress)
-            for name, gain in gains.items():
-                notes.setdefault(name.rpartition(".")[0], []).append(f"rounding learned, error / {gain:.2g}")
+        self._learn(module, placement, links, plain, notes, ctx)
         if self.bias_correction:
             for layer in correct_biases(module, placement.layers, lambda: calibration(ctx), plain):
                 notes.setdefault(layer, []).append("bias corrected")
+        for name, node in placement.layers.items():
+            round_bias(module, name, node)
+
+    def _learn(
+        self,
+        module: fx.GraphModule,
+        placement: Placement,
+        links: dict[str, Rounding],
+        plain: dict[str, Tensor],
+        notes: dict[str, list[str]],
+        ctx: Context,
+    ) -> None:
+        """Learn ranges and rounding, as asked for: both at once where they are learned in the same blocks."""
+        blocks, ports = by_block(module.graph, placement.layers), placement.ports()
+        passes: list[tuple[str, list[Segment], dict[str, Rounding], dict[str, str]]] = []
+        if self.clipping == "learned":
+            both = self.rounding == "block"
+            text = "rounding and range learned" if both else "range learned"
+            passes.append((text, with_ports(module.graph, blocks, ports), links if both else {}, ports))
+        elif self.rounding == "block":
+            passes.append(("rounding learned", blocks, links, {}))
+        if self.rounding == "adaptive":
+            passes.append(("rounding learned", by_layer(module.graph, placement.layers), links, {}))
+        generator = ctx.generator("rounding")
+        for text, segments, rounded, ranged in passes:
+            batches, progress = (lambda: calibration(ctx)), ctx.progress
+            gains = reconstruct(module, segments, rounded, ranged, batches, plain, self.iterations, generator, progress)
+            for name, gain in gains.items():
+                notes.setdefault(name.rpartition(".")[0], []).append(f"{text}, error / {gain:.2g}")
 
     # -- which layers, and how many bits -----------------------------------------------------------------------------
     def _choose(self, module: fx.GraphModule, stored: set[str], ctx: Context) -> set[str]:
