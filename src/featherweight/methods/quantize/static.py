@@ -40,13 +40,13 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
     8 bits, the first and the last layer get `ends` bits; `layer_bits` (glob on layer names -> bits) goes before all.
 
     Before that, `equalize` rescales channels between layers (arXiv:1906.04721), and `smooth` moves that share of the
-    spread of activations into the weights of linear layers (arXiv:2211.10438). `rounding` is to the nearest integer,
-    or learned in `iterations` steps so that each layer ("adaptive", AdaRound, arXiv:2004.10568) or each block of layers
+    spread of activations into the weights of linear layers (arXiv:2211.10438). `rounding` is to the nearest integer, or
+    learned in `iterations` steps so that each layer ("adaptive", AdaRound, arXiv:2004.10568) or each block of layers
     ("block", BRECQ, arXiv:2102.05426) gives what it gave before. `clipping` "learned" does so with the ranges of
     activations, from those of calibration on (arXiv:1902.08153, arXiv:2004.09576), block by block, together with
     `rounding` "block". `bias_correction` then takes what the means of layers have moved off their biases, which at last
-    are put on the grid that integer kernels add them on. These see the calibration data layer by layer; what is kept between layers lies in
-    memory up to 1 GiB, beyond that in a temporary folder.
+    are put on the grid that integer kernels add them on. These see the calibration data layer by layer; what is kept
+    between layers lies in memory up to 1 GiB, beyond that in a temporary folder.
 
     Ports stand at the inputs of convolutions and linear layers, at the outputs of convolutions, and around additions,
     concatenations and poolings between them, so that a runtime can keep integers throughout. The weights of embeddings
