@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_tasks import Transformer, accuracy, conv_task, digits, one_thread, transformer_task  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrize
@@ -15,9 +17,10 @@ from featherweight.core.evaluate import torch_figure
 from featherweight.core.recipe import Recipe
 from featherweight.core.soft import Mask, encodings, fold
 from featherweight.core.step import step
+from featherweight.core.target import target
 from featherweight.core.task import Task, find_task
 from featherweight.methods.quantize.arithmetic import scale_by_error, scale_by_max
-from featherweight.model.port import dynamic_quantize
+from featherweight.model.port import dynamic_quantize, dynamic_quantize_tokens
 from featherweight.model.ported import PortedLinear
 from featherweight.model.skeleton import load, save
 
@@ -64,6 +67,44 @@ def test_an_input_is_quantized_as_onnx_runtime_does():
     integers = (torch.round(x / scale) + zero).clamp(0, 255)
     assert torch.allclose(dynamic_quantize(x), (integers - zero) * scale, atol=1e-6)
     assert torch.equal(dynamic_quantize(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 1000))
+def test_a_row_is_quantized_by_its_own_largest_magnitude(rows, columns, seed):
+    """One number at a time in float64: round(v / s) s with s = max |v| / 127 over the row."""
+    x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
+    got = dynamic_quantize_tokens(x)
+    for row, want in zip(x.flatten(0, 1).double().tolist(), got.flatten(0, 1).tolist()):
+        scale = max(map(abs, row)) / 127
+        for value, made in zip(row, want):
+            assert abs(made / scale - round(made / scale)) < 1e-3 and abs(made - value) <= 0.5001 * scale
+    assert torch.equal(dynamic_quantize_tokens(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("make", [conv_task, transformer_task])
+def test_rows_with_scales_of_their_own_run_on_integers_and_come_back(make, tmp_path):
+    task = make()
+    model, record = quantized(task, activations="token")
+    assert all(how.endswith("8-bit input per token") for how in record.changed.values())
+    assert accuracy(task, model) > accuracy(task, task.original) - 0.02
+    save(model, tmp_path / "model")
+    assert fingerprint(load(tmp_path / "model", task.original)) == fingerprint(model)
+    artifact = target("onnxruntime").export(model, task.example, tmp_path / "file")
+    assert artifact.manifest.evidence["integer_kernels"] == {"MatMulIntegerToFloat": len(record.changed)}
+    assert artifact.manifest.agreement.relative < 1e-3
+    x = task.test.tensors[0]
+    with torch.no_grad():
+        want = model(x)
+    assert (torch.as_tensor(artifact.open()(x)) - want).norm() < 0.01 * want.norm()
+
+
+def test_one_large_token_does_not_coarsen_the_others():
+    task = transformer_task()
+    model, _ = quantized(task, activations="token")
+    x = torch.randn(2, 8, 8)
+    x[:, 0] *= 100
+    port = model.embed.port
+    assert torch.equal(port(x)[:, 1:], port(x[:, 1:])) and not torch.equal(dynamic_quantize(x)[:, 1:], port(x)[:, 1:])
 
 
 def test_scales_by_least_error():

@@ -78,6 +78,8 @@ LAYERS = [
     PortedLinear(3, 2),
     Port(0.1, 3),
     DynamicPort(),
+    DynamicPort(tokens=True),
+    PortedLinear(3, 2, tokens=True),
 ]
 
 

@@ -64,10 +64,36 @@ def _(x: Tensor) -> Tensor:
 dynamic_quantize.register_autograd(lambda ctx, gradient: gradient)
 
 
+@torch.library.custom_op("featherweight::dynamic_quantize_tokens", mutates_args=())
+def dynamic_quantize_tokens(x: Tensor) -> Tensor:
+    """Quantize `x` to 8 bits with one scale per row of its last dimension, the largest magnitude there over 127, and
+    back to float32.
+
+    Symmetric: kernels take a scale per row, but only one zero point for all (arXiv:2206.01861, section 3.2).
+    """
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
+    return torch.round(x / scale) * scale
+
+
+@dynamic_quantize_tokens.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+dynamic_quantize_tokens.register_autograd(lambda ctx, gradient: gradient)
+
+
 class DynamicPort(nn.Module):
-    """Quantize an activation to 8 bits with the range that it has at run time, and back; gradients pass straight
-    through.
+    """Quantize an activation to 8 bits with the range that it has at run time, or, with `tokens`, with that of each row
+    of its last dimension, and back; gradients pass straight through.
     """
 
+    def __init__(self, tokens: bool = False):
+        super().__init__()
+        self.tokens = tokens
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}"
+
     def forward(self, x: Tensor) -> Tensor:
-        return dynamic_quantize(x)
+        return dynamic_quantize_tokens(x) if self.tokens else dynamic_quantize(x)

@@ -12,20 +12,34 @@ from .port import DynamicPort
 
 
 class PortedLinear(nn.Linear):
-    """A linear layer whose input goes through its own port first; weight and bias keep their names."""
+    """A linear layer whose input goes through its own port first; weight and bias keep their names. `tokens` is that of
+    the port.
+    """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        tokens: bool = False,
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.port = DynamicPort()
+        self.port = DynamicPort(tokens)
+
+    @property
+    def tokens(self) -> bool:
+        return self.port.tokens
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.port(x))
 
 
-def add_port(layer: nn.Linear) -> None:
+def add_port(layer: nn.Linear, tokens: bool = False) -> None:
     """Turn `layer` into a `PortedLinear` in place; a parametrized one keeps its chains."""
     if parametrize.is_parametrized(layer):
         own_class(layer, PortedLinear)
     else:
         layer.__class__ = PortedLinear
-    layer.port = DynamicPort()
+    layer.port = DynamicPort(tokens)

@@ -22,8 +22,8 @@ class DynamicQuantization(LayerStep, kind="quantize.dynamic"):
     """Store the weights of linear layers as 8-bit integers and quantize their inputs with the range seen at run time.
 
     Weights are symmetric per output channel (`weights`: scales by the largest magnitude, or by least squared error);
-    each input is quantized per tensor to 8 unsigned bits as it comes, so no calibration data are needed. It suits
-    models that spend their time in large linear layers. Convolutions, embeddings and norms stay in floats. Afterwards
+    each input is quantized to 8 bits as it comes, so no calibration data are needed: per `activations` "tensor" with
+    its whole range, or per "token", each row of the last dimension with its largest magnitude. It suits models that spend their time in large linear layers. Convolutions, embeddings and norms stay in floats. Afterwards
     the model can be trained, not reshaped.
     """
 
@@ -34,6 +34,7 @@ class DynamicQuantization(LayerStep, kind="quantize.dynamic"):
     paper: ClassVar[str] = "arXiv:2004.09602"
 
     weights: Annotated[Literal["max", "mse"], OneOf("max", "mse")] = "max"
+    activations: Literal["tensor", "token"] = "tensor"
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         called, stored = called_layers(model, ctx), encodings(model)
@@ -47,8 +48,8 @@ class DynamicQuantization(LayerStep, kind="quantize.dynamic"):
                 ctx.warn(f"{name} shares its weight with {other}, which keeps floats: the weight is now stored twice")
             scale = scale_by_max(layer.weight, 0) if self.weights == "max" else scale_by_error(layer.weight, 0)
             parametrize.register_parametrization(layer, "weight", Rounding(scale, axis=0))
-            add_port(layer)
-            ctx.change(name, "int8 weight per channel, dynamic uint8 input")
+            add_port(layer, self.activations == "token")
+            ctx.change(name, f"int8 weight per channel, dynamic 8-bit input per {self.activations}")
         _leave_others(model, ctx)
         _call_sublayers(model)
         return model

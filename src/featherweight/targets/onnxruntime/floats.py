@@ -94,8 +94,12 @@ def _hidden(graph: ir.Graph, names: set[str]) -> Iterator[None]:
 
 
 def _translations() -> dict[Any, Any]:
-    """How our own operators read in ONNX: dynamic quantization is DynamicQuantizeLinear and back."""
+    """How our own operators read in ONNX: dynamic quantization is DynamicQuantizeLinear and back; with a scale for each
+    row of the last dimension, for which there is no operator, it is written out.
+    """
+    import numpy as np
     import torch
+    from onnxscript import ir
     from onnxscript import opset18 as op
 
     import featherweight.model.port  # noqa: F401  registers the operator
@@ -104,7 +108,18 @@ def _translations() -> dict[Any, Any]:
         values, scale, zero = op.DynamicQuantizeLinear(x)
         return op.DequantizeLinear(values, scale, zero)
 
-    return {torch.ops.featherweight.dynamic_quantize.default: dynamic_quantize}
+    def dynamic_quantize_tokens(x: Any) -> Any:
+        middle = op.Constant(value=ir.tensor(np.array(128, np.uint8)))
+        largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))
+        scale = op.Max(op.Div(largest, op.Constant(value_float=127.0)), op.Constant(value_float=1e-12))
+        one = op.Constant(value_float=1.0)
+        values = op.QuantizeLinear(op.Div(x, scale), one, middle)
+        return op.Mul(op.DequantizeLinear(values, one, middle), scale)
+
+    return {
+        torch.ops.featherweight.dynamic_quantize.default: dynamic_quantize,
+        torch.ops.featherweight.dynamic_quantize_tokens.default: dynamic_quantize_tokens,
+    }
 
 
 @contextlib.contextmanager

@@ -78,13 +78,54 @@ def _dynamic(value: ir.Value) -> ir.Node | None:
 
 
 def _multiply_dynamic(edit: Editor, node: ir.Node, given: ir.Node, weight: StoredWeight) -> None:
-    values, (scale, zero) = weight.value, weight.node.inputs[1:3]
-    if output_axis(node) == 0:
-        turned = np.ascontiguousarray(weight.integers.T)
-        values = edit.initializer(str(values.name), turned) if weight.only_for(node) else edit.constant(turned)
+    values, (scale, zero) = _columns(edit, node, weight), weight.node.inputs[1:3]
     sums = edit.insert(node, "MatMulInteger", [first(given), values, given.inputs[2], zero])
     floats = edit.insert(node, "Cast", [sums], to=FLOAT)
     result = edit.insert(node, "Mul", [floats, edit.insert(node, "Mul", [given.inputs[1], scale])])
+    bias = operand(node, 2)
+    edit.take_over(node.outputs[0], result if bias is None else edit.insert(node, "Add", [result, bias]))
+
+
+def _columns(edit: Editor, node: ir.Node, weight: StoredWeight) -> ir.Value:
+    """The integers of the weight of a product with one column per output."""
+    if output_axis(node) == 1:
+        return weight.value
+    turned = np.ascontiguousarray(weight.integers.T)
+    return edit.initializer(str(weight.value.name), turned) if weight.only_for(node) else edit.constant(turned)
+
+
+def multiply_rows(edit: Editor) -> None:
+    """Turn products of a value whose rows are quantized with a scale each, with stored integers, into
+    MatMulIntegerToFloat, and multiply by the scales of the rows afterwards: its kernel takes only one.
+    """
+    for node in list(edit.graph):
+        found = _rows(first(node)) if node.op_type in ("MatMul", "Gemm") else None
+        weight = None if found is None else stored_weight(operand(node, 1))
+        if found is None or weight is None or weight.integers.ndim != 2 or not plain_product(node):
+            continue
+        if weight.per_channel in (None, output_axis(node)):
+            _multiply_rows(edit, node, *found, weight)
+
+
+def _rows(value: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """The DequantizeLinear and the scales of the rows that `value` is the product of; None if it is anything else."""
+    product = made_by(value, "Mul")
+    given = None if product is None else quantized_activation(first(product))
+    scale = None if product is None else operand(product, 1)
+    divided = None if given is None else made_by(first(given[0]), "QuantizeLinear")
+    divided = None if divided is None else made_by(first(divided), "Div")
+    if given is None or divided is None or scale is None or operand(divided, 1) is not scale:
+        return None
+    return given[0], scale
+
+
+def _multiply_rows(edit: Editor, node: ir.Node, given: ir.Node, rows: ir.Value, weight: StoredWeight) -> None:
+    values, (scale, zero) = _columns(edit, node, weight), weight.node.inputs[1:3]
+    inputs = [first(given), values, given.inputs[1], scale, given.inputs[2]]
+    if weight.grid.zero.any():
+        inputs.append(zero)
+    product = edit.insert(node, "com.microsoft.MatMulIntegerToFloat", inputs)
+    result = edit.insert(node, "Mul", [product, rows])
     bias = operand(node, 2)
     edit.take_over(node.outputs[0], result if bias is None else edit.insert(node, "Add", [result, bias]))
 

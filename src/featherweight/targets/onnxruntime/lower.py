@@ -15,7 +15,7 @@ from .biases import quantize_biases
 from .convolution import absorb_padding, pad_channels
 from .edit import Editor
 from .kernels import byte_weights, pack
-from .linear import look_up, multiply_dynamic, multiply_static, restore_floats
+from .linear import look_up, multiply_dynamic, multiply_rows, multiply_static, restore_floats
 from .narrow import use_blocks
 from .restore import restore
 from .shrink import shrink
@@ -57,6 +57,7 @@ def lower(
     merge_slices(edit)
     absorb_padding(edit)
     multiply_dynamic(edit)
+    multiply_rows(edit)
     multiply_static(edit)
     look_up(edit)
     quantize_biases(edit)
