@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from featherweight.core.context import Context, fingerprint, run_step
+from featherweight.core.data import Arrays
 from featherweight.core.encoding import Affine
 from featherweight.core.errors import NoEffect, RecipeError
 from featherweight.core.evaluate import torch_figure
+from featherweight.core.fit import Training
 from featherweight.core.recipe import Recipe
 from featherweight.core.soft import Mask, encodings, fold
 from featherweight.core.step import step
@@ -241,3 +243,69 @@ def test_gradients_pass_through_ports_and_grids():
     task.loss(model(task.example["x"]), (None, torch.tensor([1, 2]))).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert float(model.embed.parametrizations.weight.original.grad.abs().max()) > 0
+
+
+# -- recurrent layers --------------------------------------------------------------------------------------------------
+class Words(nn.Module):
+    """Two LSTM layers in one module, and a GRU behind them: N x T ids to N x 5."""
+
+    def __init__(self, directions: int = 1, layers: int = 2, batch_first: bool = True):
+        super().__init__()
+        self.table, self.batch_first = nn.Embedding(50, 16), batch_first
+        self.cells = nn.LSTM(16, 24, layers, batch_first=batch_first, bidirectional=directions == 2)
+        self.gated, self.head = nn.GRU(24 * directions, 8, batch_first=batch_first), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.table(x) if self.batch_first else self.table(x).transpose(0, 1)
+        x = self.gated(self.cells(x)[0])[0]
+        return self.head(x[:, -1] if self.batch_first else x[-1])
+
+
+def word_task(**settings) -> Task:
+    torch.manual_seed(0)
+    x = torch.randint(0, 50, (64, 7))
+    data = Arrays(x, torch.randint(0, 5, (64,)))
+    return Task(name="words", model=Words(**settings).eval(), train=data, calibrate=data, test=data, batch_size=32)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"directions": 2, "layers": 1}, {"layers": 1, "batch_first": False}, {"directions": 2}]
+)
+def test_an_lstm_runs_on_integers_and_its_weights_are_those_that_torch_has(settings, tmp_path):
+    task = word_task(**settings)
+    model, record = quantized(task)
+    layers, directions = settings.get("layers", 2), settings.get("directions", 1)
+    names = {name for name in dict(task.original.named_parameters()) if name.startswith("cells.weight")}
+    assert set(encodings(model)) == names | {"head.weight"} and len(names) == 2 * layers * directions
+    assert "GRU" in {left.layer: left.reason for left in record.left}["gated"]
+    x = task.test.tensors[0]
+    with torch.no_grad():
+        want = model(x)
+        assert torch.equal(fold(model)(x), want), "the layer computes with its rounded weights"
+        assert 0 < (want - task.original(x)).norm() < 0.05 * want.norm()
+    artifact = target("onnxruntime").export(model, task.example, tmp_path / "file")
+    assert artifact.manifest.evidence["integer_kernels"]["DynamicQuantizeLSTM"] == layers
+    assert {artifact.manifest.stored[name] for name in names} == {"int8"}
+    assert artifact.manifest.work.integer_macs > 0.8 * artifact.manifest.work.macs
+    got = torch.as_tensor(artifact.open()(x))
+    assert (got - want).norm() < 0.02 * want.norm(), "the kernel rounds the hidden state, too"
+    save(model, tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model", task.original)(x), want)
+
+
+def test_an_lstm_in_integers_can_be_trained_and_copied():
+    task = word_task()
+    model, _ = quantized(task)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Context(task, device=CPU).fit(copy.deepcopy(model), Training(epochs=1, lr=1e-2))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    Context(task, device=CPU).fit(model, Training(epochs=1, lr=1e-2))
+    name = "cells.parametrizations.weight_hh_l0.original"
+    assert not torch.equal(before[name], model.state_dict()[name])
+
+
+def test_an_lstm_that_projects_is_left_alone():
+    task = word_task(layers=1)
+    task.original.cells = nn.LSTM(16, 30, proj_size=24, batch_first=True)
+    _, record = quantized(task)
+    assert "projects its hidden state" in {left.layer: left.reason for left in record.left}["cells"]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from .graph import CAPTURED
 from .port import DynamicPort, Port
-from .ported import PortedLinear
+from .ported import PortedLinear, PortedLSTM
 from .program import load_graph, read_captured
 
 Settings = dict[str, Any]
@@ -26,7 +26,7 @@ Make = Callable[[Settings], nn.Module]
 
 CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOLD_VALUES = (nn.ParameterList, nn.ParameterDict)  # their constructors take tensors
-OURS = (Port, DynamicPort, PortedLinear)
+OURS = (Port, DynamicPort, PortedLinear, PortedLSTM)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _arguments(kind: type[nn.Module], module: nn.Module) -> list[tuple[str, bool
     """Names of the constructor's arguments as attributes, and whether each only says that a tensor is there."""
     if isinstance(module, nn.RNNBase):
         names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
-        own = {nn.LSTM: ["proj_size"], nn.RNN: ["nonlinearity"]}
+        own = {nn.LSTM: ["proj_size"], PortedLSTM: ["proj_size"], nn.RNN: ["nonlinearity"]}
         return [(name, False) for name in names + own.get(kind, [])]
     found = []
     for parameter in list(inspect.signature(kind.__init__).parameters.values())[1:]:

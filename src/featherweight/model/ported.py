@@ -36,6 +36,35 @@ class PortedLinear(nn.Linear):
         return super().forward(self.port(x))
 
 
+class PortedLSTM(nn.LSTM):
+    """A recurrent layer whose input goes through its own port first; weights keep their names, and may stand for
+    something stored otherwise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.port = DynamicPort()
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if not parametrize.is_parametrized(self):
+            return super().forward(self.port(input), hx)
+        kept = self._flat_weights  # the layer's own list holds the parameters under the chains, not their values
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return super().forward(self.port(input), hx)
+        finally:
+            self._flat_weights = kept
+
+
+def add_lstm_port(layer: nn.LSTM) -> None:
+    """Turn `layer` into a `PortedLSTM` in place; a parametrized one keeps its chains."""
+    if parametrize.is_parametrized(layer):
+        own_class(layer, PortedLSTM)
+    else:
+        layer.__class__ = PortedLSTM
+    layer.port = DynamicPort()
+
+
 def add_port(layer: nn.Linear, tokens: bool = False) -> None:
     """Turn `layer` into a `PortedLinear` in place; a parametrized one keeps its chains."""
     if parametrize.is_parametrized(layer):

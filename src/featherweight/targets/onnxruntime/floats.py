@@ -99,10 +99,11 @@ def _translations() -> dict[Any, Any]:
     """
     import numpy as np
     import torch
-    from onnxscript import ir
-    from onnxscript import opset18 as op
+    from onnxscript import ir, opset18
 
     import featherweight.model.port  # noqa: F401  registers the operator
+
+    op: Any = opset18
 
     def dynamic_quantize(x: Any) -> Any:
         values, scale, zero = op.DynamicQuantizeLinear(x)

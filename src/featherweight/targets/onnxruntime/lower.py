@@ -17,6 +17,7 @@ from .edit import Editor
 from .kernels import byte_weights, pack
 from .linear import look_up, multiply_dynamic, multiply_rows, multiply_static, restore_floats
 from .narrow import use_blocks
+from .recurrent import recur_dynamic
 from .restore import restore
 from .shrink import shrink
 from .weights import check_read, place, weights_in
@@ -58,6 +59,7 @@ def lower(
     absorb_padding(edit)
     multiply_dynamic(edit)
     multiply_rows(edit)
+    recur_dynamic(edit)
     multiply_static(edit)
     look_up(edit)
     quantize_biases(edit)

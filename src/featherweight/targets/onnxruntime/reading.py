@@ -36,10 +36,12 @@ PRODUCTS = frozenset(
         "MatMulIntegerToFloat",
         "MatMulNBits",
         "LSTM",
+        "DynamicQuantizeLSTM",
         "GRU",
         "RNN",
     }
 )
+RECURRENT = ("LSTM", "DynamicQuantizeLSTM", "GRU", "RNN")
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})  # their third operand is a bias
 FLOAT_KERNELS = frozenset(
     {
@@ -177,7 +179,7 @@ def macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
         return math.prod(out) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    if node.op_type in ("LSTM", "GRU", "RNN"):
+    if node.op_type in RECURRENT:
         return first[0] * first[1] * (math.prod(second) + math.prod(shapes[node.input[2]]))
     transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
     return math.prod(out) * (first[0] if transposed else first[-1])
