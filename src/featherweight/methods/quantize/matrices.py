@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Matrix:
     keep: Tensor | None = None
     twins: tuple[nn.Module, ...] = ()
 
-    @property
+    @cached_property
     def columns(self) -> int:
         weight = self._parameter()
         return weight.numel() // weight.shape[self.axis]
@@ -165,7 +166,10 @@ def hold(matrix: Matrix, integers: Tensor, grid: Grid, bits: int) -> None:
         link = HeldIntegers(values.to(kind), scale, zero, matrix.axis, bits, group, dtype=dtype)
     for layer in (matrix.layer, *matrix.twins):
         _plain(layer)
-        parametrize.register_parametrization(layer, "weight", link if layer is matrix.layer else _sharing(link))
+        # unsafe: the checks would make the floats three times
+        parametrize.register_parametrization(
+            layer, "weight", link if layer is matrix.layer else _sharing(link), unsafe=True
+        )
 
 
 def _sharing(link: HeldIndices | HeldIntegers) -> HeldIndices | HeldIntegers:

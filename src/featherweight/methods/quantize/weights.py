@@ -45,10 +45,11 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     much before it rounds. `group` neighbours share a float16 scale (None: a whole row). `symmetric` stores no zero
     points; with 2 bits and 1 its grid has half steps. `clipping` searches the scales of least (weighted) error.
     With GPTQ `act_order` rounds large inputs first, `damping` is the share of the mean diagonal added to the Hessian,
-    `beam` beginnings of each row are kept, `refine` times scales are fitted to the integers, `scaling` scales inputs as
-    AWQ does before, and `compensate` measures the error from where the original network was. The blocks of a model are
-    gone through one after the other, each with inputs from the rounded ones before it. `embeddings` are stored too,
-    rounded to nearest (or `hqq`). `layer_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
+    `beam` beginnings of each row are kept (None: 8, or 1 for matrices of over a million weights), `refine` times scales
+    are fitted to the integers (which are rounded anew in between), `scaling` scales inputs as AWQ does before, and
+    `compensate` measures the error from where the original network was. The blocks of a model are gone through one
+    after the other, each with inputs from the rounded ones before it. `embeddings` are stored too, rounded to nearest
+    (or `hqq`). `layer_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
     Raises `RecipeError` if `group` divides no chosen layer, `NotFinite` if calibration meets NaN.
     """
 
@@ -67,8 +68,8 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     clipping: bool = True
     act_order: bool = True
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    beam: Annotated[int, Field(ge=1, le=256)] = 8
-    refine: Annotated[int, Field(ge=0, le=20)] = 3
+    beam: Annotated[int | None, Field(ge=1, le=256)] = None
+    refine: Annotated[int, Field(ge=0, le=20)] = 4
     compensate: bool = True
     scaling: bool = False
     embeddings: bool = False
@@ -262,7 +263,8 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
             importance = torch.empty_like(known[1])
             importance[order] = known[1]
             grid = self._grid(weight, matrix, importance)
-            found = gptq(weight, grid, hessian, order, keep, self.beam, self.refine, known)
+            width = self.beam or (8 if weight.numel() <= 2**20 else 1)
+            found = gptq(weight, grid, hessian, order, keep, width, self.refine, known)
             assert found is not None
             return found
         ctx.warn(f"{matrix.name}: its Hessian is not positive definite even when damped; rounded to nearest")
