@@ -12,6 +12,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from calibration import inputs_in
@@ -22,10 +23,12 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
-def bits_of(module: torch.nn.Module, bits: int) -> float:
+def bits_of(module: Any, bits: int) -> float:
     """All bits of a layer: integers, scales in float16, zero points in as many bits as an integer."""
     zero = getattr(module, "weight_zero_point", None)
     return (
@@ -73,6 +76,7 @@ def main() -> None:
     oneshot(
         model=model,
         dataset=data,
+        processor=unused_tokenizer(),
         recipe=[modifier],
         num_calibration_samples=len(data),
         max_seq_length=max(map(len, sequences)),
@@ -88,7 +92,13 @@ def main() -> None:
     (given.out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
-def on_grid(module: torch.nn.Module) -> torch.Tensor:
+def unused_tokenizer() -> PreTrainedTokenizerFast:
+    """`oneshot` wants one even for data that are tokens already."""
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+
+
+def on_grid(module: Any) -> torch.Tensor:
     """The weight of a layer, rounded to its own grid: what would be stored."""
     if hasattr(module, "weight_g_idx"):
         raise NotImplementedError("groups that are not neighbours")
