@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Result, apply, compress, diagnose, load, measure, save
+    from .api import Result, apply, compress, diagnose, load, measure, pack, save, unpack
     from .core.axis import Axis, Bench
     from .core.context import Context
     from .core.data import Arrays
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "api": ("Result", "apply", "compress", "diagnose", "load", "measure", "save"),
+    "api": ("Result", "apply", "compress", "diagnose", "load", "measure", "pack", "save", "unpack"),
     "core.axis": ("Axis", "Bench"),
     "core.context": ("Context",),
     "core.data": ("Arrays",),
@@ -112,8 +112,10 @@ __all__ = [
     "diagnose",
     "load",
     "measure",
+    "pack",
     "ready_made",
     "save",
+    "unpack",
 ]
 
 

@@ -18,17 +18,19 @@ from .core.progress import Progress
 from .core.reading import Reading
 from .core.recipe import Recipe
 from .core.run import Budget, Run
+from .core.soft import encodings, fold
 from .core.target import Artifact, Target
 from .core.target import target as find_target
 from .core.task import Split, Task, find_task
-from .model import skeleton
+from .model import coded, skeleton
+from .model.encoded import lean, standalone
 from .report.build import build as build_report
 from .report.build import build_diagnosis
 from .search import pipeline
 from .search.diagnose import diagnose as examine
 from .search.diagnose import parse_method
 from .search.finish import ARTIFACT, MODEL, REPORT
-from .search.output import fresh
+from .search.output import RUN, fresh
 
 if TYPE_CHECKING:
     from torch import nn
@@ -217,6 +219,42 @@ def load(folder: str | Path, like: nn.Module | Callable[[], nn.Module] | None = 
     models of known layers need none.
     """
     return skeleton.load(folder, like)
+
+
+def pack(source: nn.Module | str | Path, file: str | Path, like: skeleton.Like = None) -> Path:
+    """Write a model to one coded checkpoint, near its entropy, from which `unpack` gives it back with equal outputs.
+
+    `source` is a model, a folder that `save` wrote, or the folder of a finished run. Weights that are held softly are
+    stored as their encodings alone. A run's model becomes a captured graph, so that the file needs no class of the
+    user's; a saved model of own classes needs `like` here (see `load`) and when the unpacked folder is loaded. Raises
+    `ArtifactError` for a damaged folder, `OutputError` where the file cannot be written.
+    """
+    coded.write(Path(file), *skeleton.skeleton(_packable(source, like)))
+    return Path(file)
+
+
+def _packable(source: nn.Module | str | Path, like: skeleton.Like) -> nn.Module:
+    """The model to pack."""
+    if not isinstance(source, str | Path):
+        return lean(source)
+    folder = Path(source)
+    if not (folder / RUN).is_file():
+        return lean(skeleton.load(folder, like))
+    result = Result(pipeline.read_run(folder), folder)
+    model, task = result.model, result.task
+    free = {name: task.free(name) for name in task.example}
+    return standalone(fold(model), encodings(model), task.example, free)
+
+
+def unpack(file: str | Path, folder: str | Path) -> Path:
+    """Write the model in a coded checkpoint to `folder`, as `save` does, so that `load` gives it back.
+
+    Raises `ArtifactError`, which names the tensor, for a file that is cut short or altered; nothing is written then.
+    """
+    reader = coded.Reader(file)
+    tensors = dict(reader.tensors())
+    skeleton.write(coded.digested(reader.page, tensors), tensors, folder)
+    return Path(folder)
 
 
 def parse_time(text: float | str) -> float:

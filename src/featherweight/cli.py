@@ -186,6 +186,51 @@ def diagnose(
 
 
 @app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved model, or what compress or apply wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The coded checkpoint to write.")],
+    like: Annotated[
+        str | None, typer.Option("--like", metavar="TASK", help="The task whose model has the saved model's classes.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write a model to one small file: every tensor through an adaptive arithmetic coder."""
+
+    def work(_: Progress) -> dict[str, Any]:
+        from . import api
+        from .core.task import find_task
+
+        api.pack(folder, file, None if like is None else find_task(like).original)
+        return {"file": str(file), "bytes": file.stat().st_size}
+
+    def show(out: Any, answer: dict[str, Any]) -> None:
+        out.print(f"{answer['file']}: {answer['bytes']:,} bytes", markup=False, soft_wrap=True)
+
+    return _show(work, show, as_json, debug)
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What pack wrote, or an artifact of the target coded.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to save the model; new or empty.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Decode a coded checkpoint and save the model in DIR."""
+
+    def work(_: Progress) -> dict[str, Any]:
+        from . import api
+        from .search.output import fresh
+
+        with fresh(folder):
+            api.unpack(file, folder)
+        return {"folder": str(folder)}
+
+    return _show(work, lambda out, answer: out.print(answer["folder"], markup=False, soft_wrap=True), as_json, debug)
+
+
+@app.command()
 def report(folder: Folder, as_json: Json = False, debug: Debug = False) -> int:
     """Build the report again from what DIR holds."""
 

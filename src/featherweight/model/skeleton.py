@@ -21,6 +21,7 @@ from ..core.errors import ArtifactError, TaskError
 from ..core.files import recover_folder, tensor_digest, value_digest, whole_folder
 from ..core.soft import Link, copied
 from ..core.step import one_line
+from . import encoded as encoded  # its link must be known before one is loaded
 from .layers import Settings, describe, known, make, rebuilders
 
 PAGE, TENSORS = "skeleton.json", "tensors.safetensors"
@@ -80,7 +81,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
     The folder appears whole or not at all and replaces one that is there. Raises `OutputError` if it cannot be written,
     `TaskError` for a model with state that is no tensor.
     """
-    page, tensors = skeleton(model)
+    write(*skeleton(model), folder)
+
+
+def write(page: Page, tensors: dict[str, Tensor], folder: str | Path) -> None:
+    """Write what `skeleton` gave to `folder`, as `save` does."""
     content = page.model_dump(mode="json")
     with whole_folder(Path(folder)) as temporary:
         text = json.dumps({"digest": value_digest(content), **content}, indent=1, allow_nan=False)
@@ -194,13 +199,17 @@ def load(folder: str | Path, like: Like = None) -> nn.Module:
     folder = Path(folder)
     recover_folder(folder)
     page = _read_page(folder / PAGE)
-    tensors = _read_tensors(folder / TENSORS, page)
+    return rebuilt(page, _read_tensors(folder / TENSORS, page), folder, like)
+
+
+def rebuilt(page: Page, tensors: dict[str, Tensor], source: Path, like: Like = None) -> nn.Module:
+    """The model that `page` and `tensors`, read from `source`, describe; for `like` and errors see `load`."""
     model = _build(page, "", _fresh(like), {})
     _put_chains(page, model)
     _put_tensors(page, model, tensors)
     missing = [name for name, _, _, tensor in _places(model) if tensor.is_meta]
     if missing:
-        raise ArtifactError(f"{folder} holds no tensor {missing[0]!r}, which the model needs; save it again")
+        raise ArtifactError(f"{source} holds no tensor {missing[0]!r}, which the model needs; save it again")
     return model.eval()
 
 
