@@ -14,7 +14,7 @@ import pytest
 import sample_runs
 
 from featherweight.core.errors import OutputError
-from featherweight.core.run import Run
+from featherweight.core.run import Budget, Run
 from featherweight.report import text
 from featherweight.report.build import LIMIT, build, rebuild, render
 
@@ -104,6 +104,14 @@ def test_verdict_stands_at_the_top_and_its_state_is_said_in_words() -> None:
         found = Page(source).text
         assert words in found and plain(run.verdict) in found
         assert source.index("<h1") < source.index("<h2")
+
+
+def test_a_limit_that_was_not_measured_is_not_called_missed() -> None:
+    run = sample_runs.full()
+    kept = [reading for reading in run.readings if reading.name != "file_bytes"]
+    run = run.model_copy(update={"budget": Budget(max_drop=5.0, max_size=10**9), "readings": kept, "feasible": False})
+    found = Page(render(run)).text
+    assert "Not every limit of the bar was measured" in found and "Does not meet the bar" not in found
 
 
 def test_every_reading_is_there_with_interval_n_kind_split_and_conditions() -> None:

@@ -36,7 +36,7 @@ class Work(BaseModel):
     macs: int
     integer_macs: int = 0
     weight_bytes: int
-    activation_bytes: int | None = None  # that products read beside the weights; None where it cannot be told
+    activation_bytes: int | None = None  # that operations give to one another; None where it cannot be told
 
 
 class Input(BaseModel):
@@ -201,9 +201,9 @@ class Target(BaseModel, ABC):
         free: dict[str, dict[int, str]],
         path: Path,
     ) -> None:
-        """Write `plain` (floats) to `path`, each weight named in `stored` in that form. `free` says which input
-        dimensions
-        are dynamic.
+        """Write `plain` (floats) to `path`, each weight named in `stored` in that form.
+
+        `free` says which input dimensions are dynamic.
         """
 
     @abstractmethod
@@ -273,37 +273,49 @@ class Target(BaseModel, ABC):
                     raise ArtifactError(
                         f"{self.name} stored {name!r} as {found.get(name, 'nothing')}, not as {encoding.form}"
                     )
-            layout, outputs, agreement = self._compare(plain, path, example, free, bound)
-            arrays = {name: tensor.numpy() for name, tensor in example.items()}
-            np.savez(temporary / "example.npz", **arrays)  # type: ignore[arg-type]
-            manifest = Manifest(
-                target={"name": self.name, **self.model_dump(mode="json")},
-                file=self.file,
-                inputs=[
-                    Input(
-                        name=name,
-                        shape=[-1 if place in free.get(name, {}) else size for place, size in enumerate(array.shape)],
-                        dtype=str(array.dtype),
-                    )
-                    for name, array in arrays.items()
-                ],
-                layout=layout,
-                outputs=outputs,
-                stored=found,
-                dense=dense,
-                evidence=self.evidence(path),
-                work=self.work(path, arrays),
-                agreement=agreement,
-                recipe=recipe or {"steps": []},
-                digests={
-                    str(file.relative_to(temporary)): file_digest(file)
-                    for file in sorted(temporary.rglob("*"))
-                    if file.is_file()
-                },
-                versions=_versions("featherweight", "torch", *self.packages),
-            )
+            compared = self._compare(plain, path, example, free, bound)
+            manifest = self._manifest(path, example, free, found, dense, compared, recipe)
             write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
         return Artifact(folder)
+
+    def _manifest(
+        self,
+        path: Path,
+        example: dict[str, Tensor],
+        free: dict[str, dict[int, str]],
+        stored: dict[str, str],
+        dense: list[str],
+        compared: tuple[Layout, list[str], Agreement],
+        recipe: dict[str, Any] | None,
+    ) -> Manifest:
+        """What was written beside `path`, the example inputs (which it saves) included."""
+        arrays = {name: tensor.numpy() for name, tensor in example.items()}
+        np.savez(path.parent / "example.npz", **arrays)  # type: ignore[arg-type]
+        inputs = [
+            Input(
+                name=name,
+                shape=[-1 if place in free.get(name, {}) else size for place, size in enumerate(array.shape)],
+                dtype=str(array.dtype),
+            )
+            for name, array in arrays.items()
+        ]
+        files = [file for file in sorted(path.parent.rglob("*")) if file.is_file()]
+        layout, outputs, agreement = compared
+        return Manifest(
+            target={"name": self.name, **self.model_dump(mode="json")},
+            file=self.file,
+            inputs=inputs,
+            layout=layout,
+            outputs=outputs,
+            stored=stored,
+            dense=dense,
+            evidence=self.evidence(path),
+            work=self.work(path, arrays),
+            agreement=agreement,
+            recipe=recipe or {"steps": []},
+            digests={str(file.relative_to(path.parent)): file_digest(file) for file in files},
+            versions=_versions("featherweight", "torch", *self.packages),
+        )
 
     def _compare(
         self, plain: nn.Module, path: Path, example: dict[str, Tensor], free: dict[str, dict[int, str]], bound: float

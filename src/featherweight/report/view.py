@@ -78,7 +78,10 @@ def state(run: Run) -> tuple[str, str]:
         return "nothing", "Meets the bar, but nothing was gained" if barred else "Nothing was gained"
     if not barred:
         return "neutral", "Measured; no bar was set"
-    return ("met", "Meets the bar") if run.feasible else ("missed", "Does not meet the bar")
+    if run.feasible:
+        return "met", "Meets the bar"
+    missed = any(limit.met is False for limit in compare.limits(run))
+    return ("missed", "Does not meet the bar") if missed else ("neutral", "Not every limit of the bar was measured")
 
 
 def sources(readings: list[Reading]) -> dict[tuple[str, str], str]:
