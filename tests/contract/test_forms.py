@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.core import registry
 from featherweight.core.encoding import Affine, Codebook, Encoding
+from featherweight.core.half import Half
 from featherweight.core.soft import Link, encodings, fold
 from featherweight.core.target import PACKED, Target, target
 from featherweight.core.trellis import Trellis
@@ -89,6 +90,7 @@ FORMS: dict[str, Make] = {
     "uint4 per tensor": lambda shape: affine(shape, 4, axis=None),
     "uint4 with float zeros": lambda shape: affine(shape, 4, group=8, floating=True),
     "int4 with half scales": lambda shape: affine(shape, 4, group=32, signed=True, symmetric=True, half=True),
+    "float16": lambda shape: Half((torch.randn(shape) * 0.1).half()),
     "trellis2": lambda shape: trellis(shape, 2),
     "codebook4": lambda shape: codebook(shape, 16, group=16),
     "codebook3": lambda shape: codebook(shape, 6),
@@ -96,7 +98,7 @@ FORMS: dict[str, Make] = {
 }
 
 
-FEW = ("int3", "uint5 in groups", "uint8 in groups", "int4 with half scales", "codebook4")
+FEW = ("float16", "int3", "uint5 in groups", "uint8 in groups", "int4 with half scales", "codebook4")
 SHAPES = {"linear": (32, 32), "convolution": (16, 32, 3), "embedding": (32, 32)}
 
 

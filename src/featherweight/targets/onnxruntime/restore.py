@@ -35,7 +35,7 @@ def restore(model: ir.Model, edit: Editor, stored: Mapping[str, Encoding], opset
     kinds: dict[Hashable, Encoding] = {}
     for encoding in stored.values():
         kinds.setdefault(signature(encoding), encoding)
-    functions = _functions(kinds, opset)
+    functions = _functions(kinds, opset, len(model.functions))
     for name, encoding in stored.items():
         function = functions[signature(encoding)]
         model.functions[function.identifier()] = function
@@ -46,8 +46,10 @@ def restore(model: ir.Model, edit: Editor, stored: Mapping[str, Encoding], opset
         edit.take_over(old, edit.insert(edit.graph[0], f"{DOMAIN}.{function.name}", inputs))
 
 
-def _functions(kinds: dict[Hashable, Encoding], opset: int) -> dict[Hashable, ir.Function]:
-    """One function per kind of encoding: its inputs are the parts, its output is the weight."""
+def _functions(kinds: dict[Hashable, Encoding], opset: int, first: int) -> dict[Hashable, ir.Function]:
+    """One function per kind of encoding: its inputs are the parts, its output is the weight. `first` is the number of
+    the first of them: the graph may have others.
+    """
     from onnxscript import ir
 
     missing = {kind: encoding for kind, encoding in kinds.items() if (kind, opset) not in MADE}
@@ -55,7 +57,7 @@ def _functions(kinds: dict[Hashable, Encoding], opset: int) -> dict[Hashable, ir
         for kind, function in zip(missing, _exported(list(missing.values()), opset)):
             MADE[kind, opset] = ir.serde.serialize_function(function)
     found = {}
-    for place, kind in enumerate(kinds):
+    for place, kind in enumerate(kinds, first):
         found[kind] = ir.serde.deserialize_function(MADE[kind, opset])
         found[kind].name = f"restore{place}"
     return found
