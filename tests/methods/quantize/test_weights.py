@@ -18,8 +18,8 @@ from featherweight.core.step import step
 from featherweight.core.target import target
 from featherweight.core.task import Task, find_task
 from featherweight.methods.quantize.folding import producer
-from featherweight.methods.quantize.moments import patches, stages
 from featherweight.model.held import HeldIndices, HeldIntegers
+from featherweight.model.moments import patches, stages
 from featherweight.model.skeleton import load, save
 
 CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from featherweight.core.errors import ArtifactError, TaskError
 from featherweight.core.files import whole_folder, write_json
 from featherweight.core.record import StepRecord
 from featherweight.core.soft import encodings
+from featherweight.model.matrices import chosen_matrices
 from featherweight.model.shards import Shards, ShardWriter
 
-from .matrices import chosen_matrices
 from .weights import WeightQuantization
 
 PAGE = "encodings.json"

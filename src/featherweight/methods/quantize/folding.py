@@ -8,8 +8,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.core.blocks import Block
 from featherweight.core.outputs import first
-
-from .moments import Stage, trace
+from featherweight.model.moments import Stage, trace
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ A matrix is [rows, columns]; every `group` columns of a row share a scale, so sc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -81,18 +80,6 @@ class Grid:
         magnitude = self.scale.abs().clamp(LEAST, 65504).half().to(self.scale.dtype)
         zero = self.zero if self.whole else self.zero.half().to(self.zero.dtype)
         return replace(self, scale=sign * magnitude, zero=zero)
-
-
-def fitting_group(columns: int, group: int | None) -> int:
-    """The group that divides `columns`: the one asked for, else its nearest divisor by ratio; all columns for None.
-
-    Where the nearest divisor is more than twice or less than half of `group`, all columns share one scale.
-    """
-    if group is None:
-        return columns
-    divisors = [size for size in range(1, columns + 1) if columns % size == 0]
-    nearest = min(divisors, key=lambda size: abs(math.log(size / group)))
-    return nearest if group / 2 <= nearest <= group * 2 else columns
 
 
 def affine_by_range(weight: Tensor, group: int, bits: int) -> Grid:

@@ -15,6 +15,8 @@ from featherweight.core.context import Context
 from featherweight.core.errors import NotFinite, RecipeError
 from featherweight.core.soft import copied
 from featherweight.core.step import OneOf, Place, Trait
+from featherweight.model.matrices import Matrix, chosen_matrices
+from featherweight.model.moments import Moments, Stage, corrected, gather, rows_of, stages
 from featherweight.model.select import LayerStep
 
 from .awq import search_scales
@@ -30,9 +32,8 @@ from .grids import (
     table_by_range,
     ternary_by_range,
 )
+from .hold import hold
 from .hqq import half_quadratic
-from .matrices import Matrix, chosen_matrices, hold
-from .moments import Moments, Stage, corrected, gather, rows_of, stages
 
 Bits = Literal[8, 6, 5, 4, 3, 2, 1, "ternary"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from featherweight.core.blocks import Block, Enough
-from featherweight.core.data import tensors_in
-from featherweight.core.outputs import first
+from ..core.blocks import Block, Enough
+from ..core.data import tensors_in
+from ..core.outputs import first
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""The weights of layers as matrices of rows and columns, and the integers put back into the layers."""
+"""The weights of layers as matrices of rows and columns, and what stands for them put back into the layers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from featherweight.core.context import Context
-from featherweight.core.encoding import Encoding, Sparse
-from featherweight.core.soft import encodings
-from featherweight.model.held import HeldIndices, HeldIntegers
-from featherweight.model.select import LayerStep
-
-from .grids import Grid, fitting_group
+from ..core.context import Context
+from ..core.encoding import Encoding, Sparse
+from ..core.soft import encodings
+from .held import Held
+from .select import LayerStep
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -40,17 +39,18 @@ class Matrix:
 
     @cached_property
     def columns(self) -> int:
-        weight = self._parameter()
+        weight = self.parameter()
         return weight.numel() // weight.shape[self.axis]
 
-    def _parameter(self) -> Tensor:
+    def parameter(self) -> Tensor:
+        """The weight as it stands in the layer."""
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
         return weight
 
     def weight(self) -> Tensor:
         """A copy of the weight as [rows, columns], float32."""
-        return self._parameter().detach().movedim(self.axis, 0).flatten(1).float().clone()
+        return self.parameter().detach().movedim(self.axis, 0).flatten(1).float().clone()
 
     def group(self, wanted: int | None) -> int:
         return fitting_group(self.columns, wanted)
@@ -147,23 +147,21 @@ def _leave_others(model: nn.Module, ctx: Context, types: tuple[type[nn.Module], 
             ctx.leave(name, f"is a {parametrize.type_before_parametrizations(module).__name__}; stays in floats")
 
 
+def fitting_group(columns: int, group: int | None) -> int:
+    """The group that divides `columns`: the one asked for, else its nearest divisor by ratio; all columns for None.
+
+    Where the nearest divisor is more than twice or less than half of `group`, all columns share one scale.
+    """
+    if group is None:
+        return columns
+    divisors = [size for size in range(1, columns + 1) if columns % size == 0]
+    nearest = min(divisors, key=lambda size: abs(math.log(size / group)))
+    return nearest if group / 2 <= nearest <= group * 2 else columns
+
+
 @torch.no_grad()
-def hold(matrix: Matrix, integers: Tensor, grid: Grid, bits: int) -> None:
-    """Put integers [rows, columns] and their grid in place of a layer's weight (and of its twins')."""
-    weight = matrix._parameter()
-    moved = (weight.shape[matrix.axis], *(size for dim, size in enumerate(weight.shape) if dim != matrix.axis))
-    values = integers.reshape(moved).movedim(0, matrix.axis).contiguous()
-    dtype = str(weight.dtype).removeprefix("torch.")
-    scale = grid.scale if grid.group < matrix.columns else grid.scale[:, 0]
-    group = grid.group if grid.group < matrix.columns else None
-    link: HeldIndices | HeldIntegers
-    if grid.table is not None:
-        link = HeldIndices(values.to(torch.uint8), grid.table, scale, matrix.axis, group, dtype=dtype)
-    else:
-        kind = torch.int8 if grid.low < 0 else torch.uint8
-        zero = grid.zero if grid.zero.dim() == 0 or group is not None else grid.zero[:, 0]
-        zero = zero.to(kind) if grid.whole else zero
-        link = HeldIntegers(values.to(kind), scale, zero, matrix.axis, bits, group, dtype=dtype)
+def put(matrix: Matrix, link: Held) -> None:
+    """Put a link that holds the weight by itself in place of a layer's weight (and of its twins')."""
     for layer in (matrix.layer, *matrix.twins):
         _plain(layer)
         # unsafe: the checks would make the floats three times
@@ -172,7 +170,7 @@ def hold(matrix: Matrix, integers: Tensor, grid: Grid, bits: int) -> None:
         )
 
 
-def _sharing(link: HeldIndices | HeldIntegers) -> HeldIndices | HeldIntegers:
+def _sharing(link: Held) -> Held:
     """A link of its own around the same tensors, for another layer with the same weight."""
     made = type(link)(**link.settings())
     for name, tensor in [*link.named_parameters(), *link.named_buffers()]:
