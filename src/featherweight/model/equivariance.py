@@ -153,7 +153,10 @@ def normalize(op: Op) -> Axes:
 
 
 def _argument(op: Op, name: str) -> fx.Node | None:
-    place = [item.name for item in op.node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    names = [item.name for item in op.node.target._schema.arguments]  # type: ignore[union-attr]
+    if name not in names:
+        return None
+    place = names.index(name)
     found = op.node.args[place] if place < len(op.node.args) else op.node.kwargs.get(name)
     return found if isinstance(found, fx.Node) else None
 
@@ -226,12 +229,12 @@ def permute(op: Op) -> Axes:
     return tuple(op.first.axes[place] for place in op["dims"])
 
 
-@rule("transpose t")
+@rule("transpose t mT")
 def transpose(op: Op) -> Axes:
     axes = list(op.first.axes)
     if len(axes) < 2:
         return tuple(axes)
-    one, other = (0, 1) if op.name == "t" else (op["dim0"], op["dim1"])
+    one, other = (op["dim0"], op["dim1"]) if op.name == "transpose" else (-2, -1)
     axes[one], axes[other] = axes[other], axes[one]
     return tuple(axes)
 

@@ -187,8 +187,8 @@ def _gain(
 MOVES = frozenset(
     {
         "alias", "clone", "contiguous", "detach", "to", "_to_copy", "dropout", "type_as", "view", "reshape",
-        "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "slice",
-        "select", "mean",
+        "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "mT", "expand",
+        "slice", "select", "mean",
     }
 )  # fmt: skip
 READS = {"linear": (1, 1, 2), "addmm": (2, 0, 0), "matmul": (1, 0, None), "mm": (1, 0, None)}
