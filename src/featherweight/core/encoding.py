@@ -148,8 +148,9 @@ class Codebook(Encoding):
     """Indices into a table: `weight = table[indices] * scale`.
 
     `table` is [entries] for single weights, or [entries, length] where one index stands for `length` neighbours of the
-    last dimension. `indices` (uint8 or int16) has the weight's shape, the last dimension divided by `length`. `scale`
-    is laid out as in `Affine` (scalar, per channel of `axis`, or [channels, groups]).
+    last dimension. `indices` (uint8 or int16) has the weight's shape, the last dimension divided by `length`; with
+    `size`, the weight's shape, they may lie in any shape of that order. `scale` is laid out as in `Affine` (scalar, per
+    channel of `axis`, or [channels, groups]).
     """
 
     kind: ClassVar[str] = "codebook"
@@ -158,6 +159,7 @@ class Codebook(Encoding):
     scale: Tensor
     axis: int | None = None
     group: int | None = None
+    size: tuple[int, ...] | None = None
 
     @property
     def bits(self) -> int:
@@ -170,6 +172,8 @@ class Codebook(Encoding):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.size is not None:
+            return self.size
         length = self.table.shape[1] if self.table.dim() == 2 else 1
         return (*self.indices.shape[:-1], self.indices.shape[-1] * length)
 

@@ -106,7 +106,10 @@ class HeldIntegers(Held, kind="integers"):
 class HeldIndices(Held, kind="indices"):
     """Hold a weight as `table[indices] * scale` with fixed indices; the table and the scale can be trained.
 
-    Laid out as `Codebook` with single entries: `indices` (uint8) has the weight's shape.
+    Laid out as `Codebook`: `indices` (uint8 or int16) has the weight's shape, or with a table [entries, length] its
+    last dimension divided by `length`, or any shape where `size` is the weight's. The gradient of an entry is the sum
+    over all weights that it stands for (Han et al., arXiv:1510.00149). The first `fixed` entries are not trained: a 0 for pruned weights stays one. Several weights may
+    share one `table`.
     """
 
     indices: Tensor
@@ -123,29 +126,47 @@ class HeldIndices(Held, kind="indices"):
         float16: bool = True,
         dtype: str = "float32",
         shapes: list[list[int]] | None = None,
+        kinds: list[str] | None = None,
+        fixed: int = 0,
+        size: list[int] | None = None,
     ):
         super().__init__()
-        self.axis, self.group, self.float16 = axis, group, float16
-        self.dtype = dtype
+        self.axis, self.group, self.float16, self.fixed = axis, group, float16, fixed
+        self.dtype, self.size = dtype, size
         if indices is None or table is None or scale is None:
-            indices, table, scale = _blank(shapes or [[0], [1], []], ["uint8", "float32", "float32"])
+            indices, table, scale = _blank(shapes or [[0], [1], []], kinds or ["uint8", "float32", "float32"])
         self.register_buffer("indices", indices)
         self.table, self.scale = (nn.Parameter(part.detach().float().clone()) for part in (table, scale))
 
     def settings(self) -> dict[str, Any]:
-        shapes = [list(part.shape) for part in (self.indices, self.table, self.scale)]
-        return {"axis": self.axis, "group": self.group, "float16": self.float16, "dtype": self.dtype, "shapes": shapes}
+        parts = (self.indices, self.table, self.scale)
+        return {
+            "axis": self.axis,
+            "group": self.group,
+            "float16": self.float16,
+            "dtype": self.dtype,
+            "shapes": [list(part.shape) for part in parts],
+            "kinds": [_name(part) for part in parts],
+            "fixed": self.fixed,
+            "size": self.size,
+        }
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, entries={len(self.table)}, group={self.group}"
 
     def forward(self, weight: Tensor) -> Tensor:
-        values = self._rounded(self.table)[self.indices.long()]
-        scale = spread(self._rounded(self.scale), self.indices, self.axis, self.group)
+        table = self._rounded(self.table)
+        if self.fixed:
+            table = torch.cat([table[: self.fixed].detach(), table[self.fixed :]])
+        values = table[self.indices.long()]
+        values = values.flatten(-2) if table.dim() == 2 else values
+        values = values if self.size is None else values.reshape(self.size)
+        scale = spread(self._rounded(self.scale), values, self.axis, self.group)
         return (values * scale).to(getattr(torch, self.dtype))
 
     def encode(self, weight: Tensor) -> Codebook:
-        return Codebook(self.indices, self._stored(self.table), self._stored(self.scale), self.axis, self.group)
+        size = None if self.size is None else tuple(self.size)
+        return Codebook(self.indices, self._stored(self.table), self._stored(self.scale), self.axis, self.group, size)
 
 
 def _blank(shapes: list[list[int]], kinds: list[str]) -> list[Tensor]:

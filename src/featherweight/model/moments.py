@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.blocks import Block, Enough
+from ..core.blocks import Block, Enough, observed, real_positions
+from ..core.context import Context
 from ..core.data import tensors_in
 from ..core.outputs import first
 
@@ -210,3 +211,29 @@ def corrected(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     system.diagonal().add_(damping * system.diagonal().mean().clamp_min(1e-30))
     step = torch.linalg.solve(system, moments.drift.double())
     return weight + step.t().to(weight.dtype) if bool(torch.isfinite(step).all()) else weight
+
+
+@torch.no_grad()
+def observe(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Moments]:
+    """The moments of these layers over the calibration data, in one pass."""
+    found = {name: Moments() for name in names}
+    layers = {name: model.get_submodule(name) for name in names}
+    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
+        real = real_positions(batch)
+        hooks = {
+            name: (lambda given, _out, name=name, real=real: found[name].add(rows_of(layers[name], given[0], real)))
+            for name in names
+        }
+        observed(_Call(model, ctx), (batch,), {}, {f"model.{name}": hook for name, hook in hooks.items()})
+    return found
+
+
+class _Call(nn.Module):
+    """The model, called as the task calls it."""
+
+    def __init__(self, model: nn.Module, ctx: Context):
+        super().__init__()
+        self.model, self.ctx = model, ctx
+
+    def forward(self, batch: object) -> object:
+        return self.ctx.task.call(self.model, batch)

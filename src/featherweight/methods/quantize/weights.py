@@ -10,13 +10,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from featherweight.core.blocks import Block, observed, real_positions
+from featherweight.core.blocks import Block
 from featherweight.core.context import Context
 from featherweight.core.errors import NotFinite, RecipeError
 from featherweight.core.soft import copied
 from featherweight.core.step import OneOf, Place, Trait
 from featherweight.model.matrices import Matrix, chosen_matrices
-from featherweight.model.moments import Moments, Stage, corrected, gather, rows_of, stages
+from featherweight.model.moments import Moments, Stage, corrected, gather, observe, stages
 from featherweight.model.select import LayerStep
 
 from .awq import search_scales
@@ -155,7 +155,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     def _rest(self, model: nn.Module, waiting: dict[str, Matrix], ctx: Context) -> None:
         """Quantize the layers that are in no block, all with the inputs that they get now."""
         names = [name for name, matrix in waiting.items() if not matrix.lookup and not matrix.transposed]
-        moments = _observe(model, names, ctx) if names else {}
+        moments = observe(model, names, ctx) if names else {}
         for name in names:
             self._round(waiting.pop(name), moments[name], ctx)
 
@@ -271,29 +271,3 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         ctx.warn(f"{matrix.name}: its Hessian is not positive definite even when damped; rounded to nearest")
         grid = self._grid(weight, matrix, None)
         return grid.nearest(weight), grid
-
-
-@torch.no_grad()
-def _observe(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Moments]:
-    """The moments of these layers over the calibration data, in one pass."""
-    found = {name: Moments() for name in names}
-    layers = {name: model.get_submodule(name) for name in names}
-    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
-        real = real_positions(batch)
-        hooks = {
-            name: (lambda given, _out, name=name, real=real: found[name].add(rows_of(layers[name], given[0], real)))
-            for name in names
-        }
-        observed(_Call(model, ctx), (batch,), {}, {f"model.{name}": hook for name, hook in hooks.items()})
-    return found
-
-
-class _Call(nn.Module):
-    """The model, called as the task calls it."""
-
-    def __init__(self, model: nn.Module, ctx: Context):
-        super().__init__()
-        self.model, self.ctx = model, ctx
-
-    def forward(self, batch: object) -> object:
-        return self.ctx.task.call(self.model, batch)

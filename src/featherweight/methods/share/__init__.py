@@ -1,0 +1,1 @@
+"""Weights, or whole layers, that share one value."""

@@ -1,0 +1,162 @@
+"""share.codebook: weights become indices into a small table that many of them share."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from featherweight.core.context import Context
+from featherweight.core.errors import NotFinite
+from featherweight.core.fit import Training
+from featherweight.core.step import OneOf, Place, Trait
+from featherweight.model.held import HeldIndices
+from featherweight.model.matrices import Matrix, chosen_matrices, put
+from featherweight.model.moments import observe
+from featherweight.model.select import LayerStep
+
+from .clusters import density_start, error, k_means, linear_start, plus_plus_start
+
+DRAWN = 2**18  # weights on which a table for a large layer is found
+
+
+class CodebookSharing(LayerStep, kind="share.codebook"):
+    """Let the weights of linear layers and convolutions share the entries of a small table, found by k-means.
+
+    Each weight becomes an index of `bits` bits; with `length` above 1 one index stands for so many neighbours of a row
+    (product quantization). A table belongs to a layer, or with `scope` "model" to all of them, each with a scale of its
+    own. `start` places the first entries: evenly over the range, by density, or drawn by distance (k-means++). With
+    `importance` "inputs" errors count by the mean square of what the weight is multiplied with over the calibration
+    data. Weights that are pruned stay 0, which takes one entry. With `retrain` the tables are then trained through the
+    assignment (the gradients of all weights of an entry are summed) with scales, biases and norms; they stay trainable.
+    Raises `NotFinite` if calibration meets NaN.
+    """
+
+    needs: ClassVar[Trait] = Trait.EDITABLE
+    takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
+    makes: ClassVar[frozenset[str]] = frozenset(f"codebook{bits}" for bits in range(1, 9))
+    place: ClassVar[Place | None] = Place.ENCODE
+    gains: ClassVar[frozenset[str]] = frozenset({"size"})
+    paper: ClassVar[str] = "arXiv:1510.00149"
+
+    bits: Annotated[int, Field(ge=1, le=8), OneOf(5, 4, 3)] = 4
+    length: Annotated[int, Field(ge=1, le=16)] = 1
+    scope: Literal["layer", "model"] = "layer"
+    start: Literal["linear", "density", "k-means++"] = "density"
+    importance: Literal["none", "inputs"] = "inputs"
+    iterations: Annotated[int, Field(ge=0)] = 50
+    retrain: Training | None = None
+
+    def forms(self) -> frozenset[str]:
+        return frozenset({f"codebook{self.bits}"})
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        chosen = []
+        for matrix in chosen_matrices(self, model, ctx):
+            if reason := self._obstacle(matrix):
+                ctx.leave(matrix.name, reason)
+            else:
+                chosen.append(matrix)
+        importance = self._importance(model, chosen, ctx)
+        for together in [chosen] if self.scope == "model" and chosen else [[matrix] for matrix in chosen]:
+            self._share(together, importance, ctx)
+        if self.retrain is not None and chosen:
+            loss = ctx.fit(model, self.retrain, text="training codebooks")
+            ctx.change("*", f"tables trained for {self.retrain.epochs:g} epochs, last loss {loss:.4g}")
+        return model
+
+    def _obstacle(self, matrix: Matrix) -> str:
+        """Why a layer cannot share; empty if it can."""
+        if matrix.columns % self.length:
+            return f"length={self.length} does not divide its {matrix.columns} inputs"
+        if matrix.axis and self.length > 1:
+            return "its outputs are not the first dimension of its weight: only single weights share"
+        if matrix.keep is not None and self.length > 1:
+            return "it is pruned, and vectors hold single zeros no longer; use length 1"
+        if matrix.parameter().numel() // self.length < 2**self.bits:
+            return f"it has no more weights than a table of {self.bits} bits has entries"
+        return ""
+
+    def _importance(self, model: nn.Module, chosen: list[Matrix], ctx: Context) -> dict[str, Tensor]:
+        """The mean square of each input of each layer, [columns], for the layers that could be observed."""
+        names = [matrix.name for matrix in chosen if not matrix.lookup and not matrix.transposed]
+        if self.importance == "none" or not names:
+            return {}
+        found = {}
+        for name, each in observe(model, names, ctx).items():
+            if each.hessian is None:
+                ctx.warn(f"{name}: calibration does not reach it; all of its weights count alike")
+                continue
+            mean = each.mean().diagonal(dim1=1, dim2=2)
+            if not bool(torch.isfinite(mean).all()):
+                raise NotFinite(f"{self.kind}: the inputs of {name} hold NaN or infinite values in calibration")
+            found[name] = mean
+        return found
+
+    @torch.no_grad()
+    def _share(self, matrices: list[Matrix], importance: dict[str, Tensor], ctx: Context) -> None:
+        """Find one table for these matrices, and put the indices in place of their weights."""
+        scales = [
+            matrix.weight().std().clamp_min(1e-12) if self.scope == "model" else torch.ones(()) for matrix in matrices
+        ]
+        points = [(matrix.weight() / scale).reshape(-1, self.length) for matrix, scale in zip(matrices, scales)]
+        masses = [
+            _mass(matrix, importance.get(matrix.name), self.length) * scale**2
+            for matrix, scale in zip(matrices, scales)
+        ]
+        pruned = any(matrix.keep is not None for matrix in matrices)
+        table = self._table(torch.cat(points), torch.cat(masses), pruned, ctx)
+        first: HeldIndices | None = None
+        for matrix, scale, own, mass in zip(matrices, scales, points, masses):
+            indices = k_means(own, table, iterations=0)[1]
+            if matrix.keep is not None:
+                indices = torch.where(matrix.keep.flatten(), indices, 0)
+            total = float((own.square().sum(1) * mass).sum())
+            lost = error(own, table, indices, mass) / total if total else 0.0
+            link = _link(matrix, indices, table, scale, self.length, int(pruned))
+            if first is not None:
+                link.table = first.table
+            first = first or link
+            put(matrix, link)
+            ctx.change(matrix.name, f"{matrix.form()}, {100 * lost:.2g}% weighted error")
+
+    def _table(self, points: Tensor, mass: Tensor, pruned: bool, ctx: Context) -> Tensor:
+        """The table of least weighted error, [entries, length]; of pruned weights the first entry is 0."""
+        generator, entries = ctx.generator(self.kind), 2**self.bits - int(pruned)
+        points, mass = points[mass > 0], mass[mass > 0]
+        if len(points) > DRAWN:
+            drawn = torch.randperm(len(points), generator=generator)[:DRAWN]
+            points, mass = points[drawn], mass[drawn]
+        if self.start == "k-means++":
+            table = plus_plus_start(points, entries, generator, mass)
+        else:
+            table = linear_start(points, entries) if self.start == "linear" else density_start(points, entries, mass)
+        if pruned:
+            table = torch.cat([torch.zeros_like(table[:1]), table])
+        return k_means(points, table, mass, self.iterations, held=int(pruned))[0].half().float()
+
+
+def _mass(matrix: Matrix, importance: Tensor | None, length: int) -> Tensor:
+    """What each weight (or vector of `length`) counts, [n]; pruned ones nothing."""
+    rows = matrix.weight().shape[0]
+    if importance is None:
+        mass = torch.ones(rows, matrix.columns)
+    else:
+        mass = importance.clamp_min(1e-6 * float(importance.mean()) + 1e-30).repeat_interleave(
+            rows // len(importance), 0
+        )
+    if matrix.keep is not None:
+        mass = mass * matrix.keep
+    return mass.reshape(-1, length).mean(1)
+
+
+def _link(matrix: Matrix, indices: Tensor, table: Tensor, scale: Tensor, length: int, fixed: int) -> HeldIndices:
+    weight = matrix.parameter()
+    moved = [weight.shape[matrix.axis], *(size for dim, size in enumerate(weight.shape) if dim != matrix.axis)]
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if length == 1:
+        laid = indices.reshape(moved).movedim(0, matrix.axis).contiguous()
+        return HeldIndices(laid.to(torch.uint8), table[:, 0], scale, None, dtype=dtype, fixed=fixed)
+    return HeldIndices(indices.to(torch.uint8), table, scale, None, dtype=dtype, fixed=fixed, size=list(weight.shape))
