@@ -108,8 +108,8 @@ class HeldIndices(Held, kind="indices"):
 
     Laid out as `Codebook`: `indices` (uint8 or int16) has the weight's shape, or with a table [entries, length] its
     last dimension divided by `length`, or any shape where `size` is the weight's. The gradient of an entry is the sum
-    over all weights that it stands for (Han et al., arXiv:1510.00149). The first `fixed` entries are not trained: a 0 for pruned weights stays one. Several weights may
-    share one `table`.
+    over all weights that it stands for (Han et al., arXiv:1510.00149). The first `fixed` entries are not trained: a 0
+    for pruned weights stays one. Several weights may share one `table`.
     """
 
     indices: Tensor
