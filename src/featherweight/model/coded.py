@@ -79,9 +79,7 @@ def write(path: Path, page: Page, tensors: dict[str, Tensor], notes: dict[str, A
             file.write(tensor_digest(tensors[name]) + each.data)
         file.flush()
         if sum(map(_bytes, tensors.values())) > ROOM + RATIO * temporary.stat().st_size:
-            raise OutputError(
-                f"cannot write {path}: its tensors repeat themselves so much that no reader would take it"
-            )
+            raise OutputError(f"cannot write {path}: its tensors repeat so much that no reader would take it")
 
 
 def code(tensor: Tensor) -> Coded:

@@ -56,7 +56,7 @@ class HeldEncoding(Held, kind="encoding"):
             "dtype": self.dtype,
         }
 
-    def encode(self, weight: Tensor) -> Encoding:
+    def encode(self, weight: Tensor | None = None) -> Encoding:
         kind = next((each for each in Encoding.__subclasses__() if each.kind == self.of), None)
         if kind is None:
             raise ArtifactError(f"a weight is stored as {self.of!r}, which this version of featherweight does not know")

@@ -112,7 +112,7 @@ def _weights(reader: Reader) -> dict[str, tuple[str, tuple[int, ...]]]:
     for name, chain in page.chains.items():
         if [link.kind for link in chain] != [HeldEncoding.kind]:
             raise ArtifactError(f"{reader.path}: the weight {name!r} is held in a way that no artifact holds one")
-        encoding = HeldEncoding(**chain[0].settings).encode(None)
+        encoding = HeldEncoding(**chain[0].settings).encode()
         found[name] = encoding.form, encoding.shape
     return found
 

@@ -30,8 +30,8 @@ class Settings:
     """What both sides must know beside the shape: `entry = (high << shift) + low + offset`.
 
     `low` has `shift` bits that are stored as they are. `high` is coded with contexts, cut off at `largest` in
-    magnitude; of the `beyond` entries that reach it, the rest is stored in `tail` bits each. `start` is the level of the mean
-    magnitude; with `even` a sign says nothing: tables are kept symmetric.
+    magnitude; of the `beyond` entries that reach it, the rest is stored in `tail` bits each. `start` is the level of
+    the mean magnitude; with `even` a sign says nothing: tables are kept symmetric.
     """
 
     offset: int
