@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from featherweight.methods.quantize.equalize import by_input, equalize, equalizing_scales, scaled_inputs
+from featherweight.methods.quantize.equalize import MOST, by_input, equalize, equalizing_scales, scaled_inputs
 from featherweight.methods.quantize.placement import place, weight_name
 from featherweight.methods.quantize.smooth import smooth, smoothing_scales
 from featherweight.model.graph import captured
@@ -66,7 +66,7 @@ def _close(one, other):
     return float((one - other).norm() / other.norm()) < 1e-5
 
 
-@given(RANGES)
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=8))
 def test_equalized_ranges_are_the_geometric_mean(pairs):
     first, second = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs))
     scales = equalizing_scales(first, second)
@@ -86,6 +86,17 @@ def test_dead_channels_keep_their_scale():
     zero, one = torch.zeros(2), torch.ones(2)
     assert equalizing_scales(zero, one).tolist() == equalizing_scales(one, zero).tolist() == [1, 1]
     assert smoothing_scales(zero, one, 0.5).tolist() == smoothing_scales(one, zero, 0.5).tolist() == [1, 1]
+
+
+@given(RANGES, st.data())
+def test_scales_stay_within_their_range_and_silenced_channels_keep_theirs(pairs, data):
+    first, second = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs))
+    before = torch.tensor([data.draw(st.floats(1 / MOST, MOST)) for _ in pairs], dtype=torch.float64)
+    dead = data.draw(st.integers(0, len(pairs) - 1))
+    first[dead] = 1e-30
+    scales = equalizing_scales(first, second, before)
+    assert ((scales * before >= 0.999 / MOST) & (scales * before <= 1.001 * MOST)).all()
+    assert len(pairs) == 1 or scales[dead] == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -113,6 +124,23 @@ def test_equalization_goes_through_depthwise_chains_and_keeps_the_outputs():
         return float(reach.max() / reach.min())
 
     assert spread(module, "depth.weight") < 0.5 * spread(before, "depth.weight")
+
+
+def test_channels_that_training_has_silenced_do_not_explode():
+    """As in a MobileNet trained with weight decay: the norms of some channels have gains of 1e-30, but biases."""
+    torch.manual_seed(0)
+    model, x = Separable(), torch.randn(4, 3, 12, 12)
+    model.stem_norm.weight.data[:3] = 1e-30
+    model.depth.weight.data[2:5] = 1e-25
+    model.point.weight.data[:, 5:] = 1e-28
+    model.grouped.weight.data[:4] *= 1e-20
+    module, layers = _captured(model, x)
+    before = copy.deepcopy(module)
+    largest = max(float(value.detach().abs().max()) for value in before.parameters())
+    assert equalize(module, layers)
+    assert max(float(value.detach().abs().max()) for value in module.parameters()) < 100 * largest
+    with torch.no_grad():
+        assert _close(module(x=x), before(x=x))
 
 
 def test_smoothing_goes_into_norms_or_in_front_and_keeps_the_outputs():

@@ -15,6 +15,8 @@ from ...model.norms import CONVOLUTIONS, LINEAR, TRANSPOSED, attribute
 aten = torch.ops.aten
 ROUNDS = 40
 CLOSE = 1e-3  # scales as near to 1 as this end the rounds
+NEGLIGIBLE = 1e-4  # channels of a smaller range, relative to the largest of their layer, are dead
+MOST = 100.0  # scales of a pair stay from 1 / MOST to MOST, over all rounds
 # What gives s * f(x) for f(s * x) with any s above 0, channel by channel.
 HOMOGENEOUS = frozenset(
     {
@@ -34,14 +36,18 @@ class Pair:
     second: fx.Node
 
 
-def equalizing_scales(first: Tensor, second: Tensor) -> Tensor:
+def equalizing_scales(first: Tensor, second: Tensor, before: Tensor | None = None) -> Tensor:
     """The scales by which the ranges `first` (of the first weight's output channels) and `second` (of the second
     weight's input channels) become equal: `first / s` and `second * s` are both their geometric mean (equation 11).
 
-    Channels of which a range is zero keep theirs: 1.
+    Channels of which a range is negligible (below 1e-4 of the largest of its side) keep theirs: 1. The product with
+    `before`, the scales that the channels already have, stays between 1/100 and 100. Without these bounds a channel
+    that training has silenced (ranges of 1e-30 beside 1) makes biases, and with them ranges of activations, explode.
     """
-    scales = (first.double() / second.double()).sqrt()
-    return torch.where((first > 0) & (second > 0), scales, torch.ones_like(scales))
+    alive = (first > NEGLIGIBLE * first.max()) & (second > NEGLIGIBLE * second.max())
+    held = torch.ones_like(first, dtype=torch.float64) if before is None else before
+    scales = (held * (first.double() / second.double()).sqrt()).clamp(1 / MOST, MOST) / held
+    return torch.where(alive, scales, torch.ones_like(scales))
 
 
 @torch.no_grad()
@@ -53,11 +59,12 @@ def equalize(module: fx.GraphModule, layers: dict[str, fx.Node]) -> list[str]:
     """
     named = {node: name for name, node in layers.items()}
     pairs = [pair for node in layers.values() if (pair := _pair(node, named)) is not None]
+    scales: dict[Pair, Tensor] = {}
     for _ in range(ROUNDS):
-        changed = [_equalize(module, pair) for pair in pairs]  # all of them, in order
+        changed = [_equalize(module, pair, scales) for pair in pairs]  # all of them, in order
         if not any(changed):
             break
-    return sorted({named[node].rpartition(".")[0] for pair in pairs for node in (pair.first, pair.second)})
+    return sorted({named[node].rpartition(".")[0] for pair in scales for node in (pair.first, pair.second)})
 
 
 def _pair(first: fx.Node, named: dict[fx.Node, str]) -> Pair | None:
@@ -104,21 +111,23 @@ def _fit(first: fx.Node, second: fx.Node) -> bool:
     return once and linear and plain and flat
 
 
-def _equalize(module: fx.GraphModule, pair: Pair) -> bool:
-    """Rescale one pair; whether that changed anything to speak of."""
+def _equalize(module: fx.GraphModule, pair: Pair, before: dict[Pair, Tensor]) -> bool:
+    """Rescale one pair, whose scales so far stand in `before`; whether that changed anything to speak of."""
     one, other = (attribute(module, node.args[1].target) for node in (pair.first, pair.second))  # type: ignore[union-attr]
     groups = _groups(pair.second)
     rows = by_input(other, groups)
     if len(one) != len(rows):
         return False
-    scales = equalizing_scales(one.flatten(1).abs().amax(1), rows.abs().amax(1))
+    held = before.get(pair, torch.ones(len(one), dtype=torch.float64, device=one.device))
+    scales = equalizing_scales(one.flatten(1).abs().amax(1), rows.abs().amax(1), held)
     if bool((scales.log().abs() < CLOSE).all()):
         return False
+    before[pair] = held * scales
     _assign(one, (one.double() / _column(scales, one)).to(one.dtype))
     bias = pair.first.args[2] if len(pair.first.args) > 2 else None
     if isinstance(bias, fx.Node):
-        held = attribute(module, bias.target)
-        _assign(held, (held.double() / scales).to(held.dtype))
+        plain = attribute(module, bias.target)
+        _assign(plain, (plain.double() / scales).to(plain.dtype))
     _assign(other, scaled_inputs(other, scales, groups))
     return True
 
