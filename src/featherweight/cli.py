@@ -190,7 +190,7 @@ def pack(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved model, or what compress or apply wrote.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The coded checkpoint to write.")],
     like: Annotated[
-        str | None, typer.Option("--like", metavar="TASK", help="The task whose model has the saved model's classes.")
+        str | None, typer.Option(metavar="TASK", help="A task with a model of the saved one's classes.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -204,10 +204,7 @@ def pack(
         api.pack(folder, file, None if like is None else find_task(like).original)
         return {"file": str(file), "bytes": file.stat().st_size}
 
-    def show(out: Any, answer: dict[str, Any]) -> None:
-        out.print(f"{answer['file']}: {answer['bytes']:,} bytes", markup=False, soft_wrap=True)
-
-    return _show(work, show, as_json, debug)
+    return _show(work, lambda out, answer: out.print(answer["file"], markup=False, soft_wrap=True), as_json, debug)
 
 
 @app.command()
@@ -224,8 +221,7 @@ def unpack(
         from .search.output import fresh
 
         with fresh(folder):
-            api.unpack(file, folder)
-        return {"folder": str(folder)}
+            return {"folder": str(api.unpack(file, folder))}
 
     return _show(work, lambda out, answer: out.print(answer["folder"], markup=False, soft_wrap=True), as_json, debug)
 
