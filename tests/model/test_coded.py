@@ -213,3 +213,15 @@ def with_header(packed: bytes, reader: Reader, change: str) -> bytes:
     data = lzma.compress(text, lzma.FORMAT_RAW, filters=FILTERS)
     head = MAGIC + LENGTHS.pack(len(data), len(text)) + hashlib.sha256(data).digest()[:16]
     return head + data + packed[reader.start :]
+
+
+def test_every_encoding_is_known_in_a_process_that_only_loads() -> None:
+    """What a method made must be readable where no method was imported."""
+    import subprocess
+    import sys
+
+    core = Path(fw.__file__).parent / "core"
+    defined = {file.stem for file in core.glob("*.py") if "(Encoding):" in file.read_text(encoding="utf-8")}
+    code = "import sys, featherweight.model.coded; print(*[name for name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {f"featherweight.core.{name}" for name in defined} <= set(done.stdout.split())
