@@ -8,7 +8,8 @@ from torch import nn
 from featherweight.core.context import Context
 from featherweight.core.data import Arrays
 from featherweight.core.errors import NotFinite, TaskError
-from featherweight.methods.quantize.hessian import Moment, chunks, hessians
+from featherweight.methods.quantize.hessian import hessians
+from featherweight.model.moments import Moments, outputs_of, rows_of
 
 LAYERS = [
     (nn.Linear(6, 4), (5, 7, 6)),
@@ -21,21 +22,22 @@ LAYERS = [
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: type(value).__name__)
 def test_the_rows_are_what_the_layer_multiplies_with_its_weight(layer, shape):
     given = torch.randn(shape)
-    rows = torch.cat(list(chunks(layer, given)), 1)
+    rows = torch.cat(list(rows_of(layer, given)), 1)
     groups = rows.shape[0]
     weight = layer.weight.detach().flatten(1).unflatten(0, (groups, -1))
     got = torch.einsum("gni,goi->ngo", rows, weight).flatten(1) + layer.bias
     wanted = layer(given).flatten(0, -2) if isinstance(layer, nn.Linear) else layer(given).movedim(1, -1).flatten(0, -2)
     assert torch.allclose(got, wanted, atol=1e-5)
+    assert torch.equal(outputs_of(layer, layer(given)), wanted)
 
 
 def test_the_running_mean_is_the_mean():
     parts = [torch.randn(2, n, 5) for n in (1, 0, 9, 4)]
-    moment = Moment()
+    moments = Moments()
     for part in parts:
-        moment.add(part)
+        moments.add([part])
     rows = torch.cat(parts, 1).double()
-    assert torch.allclose(moment.matrix.double(), rows.mT @ rows / rows.shape[1], atol=1e-6)
+    assert torch.allclose(moments.mean().double(), rows.mT @ rows / rows.shape[1], atol=1e-6)
 
 
 def test_one_pass_over_the_calibration_split_gives_all_layers():

@@ -47,6 +47,13 @@ def test_no_other_choice_loses_less(seed: int, layers: int, budget: float):
     assert sum(costs[layer, option] for layer, option in enumerate(options)) <= limit * (1 + 1e-9)
 
 
+def test_what_costs_infinity_is_not_taken():
+    found = choose([[1.0, math.inf], [1.0, 3.0]], [[5.0, 0.0], [5.0, 0.0]], 4.0)
+    assert found.options(4.0) == [0, 1] and found.losses[-1] == 5
+    with pytest.raises(ValueError, match="cost more than"):
+        choose([[math.inf]], [[0.0]], 4.0).options(4.0)
+
+
 def quantized(task: Any, **settings: Any) -> Any:
     return run_step(step("quantize.mixed", **settings), task.fresh(), Context(task, device=torch.device("cpu")))
 
@@ -100,10 +107,53 @@ def test_the_smallest_model_within_the_drop():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"method": "hqq", "symmetric": True}, "with 8 bits value=.*hqq finds zero points"),
+        ({"method": "hqq", "bits": (4, 1)}, "with 1 bit value=.*hqq finds zero points"),
+        ({"bits": (7, 4)}, "with 7 bits bits=7: input should be 8, 6, 5"),
+        ({"bits": (4, 1), "activations": "int8"}, "with 1 bit bits=1: input should be greater than or equal to 2"),
+    ],
+)
+def test_what_the_inner_step_refuses_is_refused_when_the_step_is_made(given: dict[str, Any], said: str):
+    with pytest.raises(RecipeError, match=said):
+        step("quantize.mixed", **given)
+
+
+def test_a_layer_without_some_number_of_bits_chooses_among_the_others():
+    task = transformer_task()
+    context = Context(task, device=torch.device("cpu"))
+    pruned, _ = run_step(step("prune.magnitude", sparsity=0.5, only="wide"), task.fresh(), context)
+    item = step("quantize.mixed", bits=(4, 1), method="rtn", group=8, limit=3.5, leave=False, inputs=64)
+    model, record = run_step(item, pruned, context)
+    assert {each.bits for each in encodings(model).values()} == {1, 4}, "a grid of 1 bit has no 0, others may have it"
+    assert encodings(model)["wide.weight"].bits == 4 and average_bits(model) <= 3.5
+    assert [left.reason for left in record.left if left.layer == "wide (1 bit)"] == [
+        "it is pruned, and this grid has no 0"
+    ]
+
+
+def test_awq_measures_layers_against_the_model_as_it_was():
+    """Its scales change the norm before a layer, too, which switching the layer off does not undo."""
+    task = transformer_task()
+    item = step("quantize.mixed", bits=(3,), method="awq", group=8, inputs=64)
+    found = item._measure(task.fresh(), Context(task, device=torch.device("cpu")))
+    images, outputs = task.example, {}
+    for layer in found.losses:
+        plain = step("quantize.weights", bits=3, method="rtn", group=8, only=layer)
+        outputs[layer], _ = run_step(plain, task.fresh(), Context(task, device=torch.device("cpu")))
+        with torch.no_grad():
+            want = task.original(**images)
+            loss = float((outputs[layer](**images) - want).square().sum() / want.square().sum())
+        assert 0.25 < found.losses[layer][3] / loss < 4, "of 64 inputs, of two"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
         ({"limit": 1.0}, "bits cannot come down to 1 with 2 bits, 3 bits, 4 bits, 8 bits, floats; raise the limit"),
         ({"budget": "float_macs"}, "set activations: int8"),
         ({"bits": (9,)}, "less than or equal to 8"),
         ({"bits": ()}, "at least one number of bits"),
+        ({"budget": "drop", "limit": 0.0, "leave": False, "bits": (2, 1)}, "even with 2 bits; raise limit .0., or set"),
     ],
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], said: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from .data import tensors_in
 from .outputs import first
 
+PLAIN = (int, float, str, bytes, type(None), torch.device, torch.dtype, torch.Size)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Hook = Callable[[tuple[Any, ...], Any], None]
 
@@ -42,7 +44,7 @@ class Block:
         With `module`, an untouched copy of the block, that copy runs on the original call. Gives the block's output,
         None if a hook raised `Enough`.
         """
-        args, kwargs = self.calls[place] if module is None else self.original_calls[place]
+        args, kwargs = fresh(self.calls[place] if module is None else self.original_calls[place])
         return observed(module or self.module, args, kwargs, hooks)
 
 
@@ -113,9 +115,24 @@ def walk(
             leave(name)
 
 
+def fresh(call: Call) -> Call:
+    """The call with copies of what a block may change in place: its first input, and what is neither tensor nor plain
+    value (a cache of keys and values grows each time that a block runs).
+    """
+    given = _given(call)
+
+    def own(value: Any) -> Any:
+        if value is given:
+            return given.clone()
+        return value if list(tensors_in(value)) or isinstance(value, PLAIN) else copy.deepcopy(value)
+
+    return tuple(map(own, call[0])), {name: own(value) for name, value in call[1].items()}
+
+
 @torch.no_grad()
 def _output(module: nn.Module, call: Call) -> Tensor:
-    return first(module(*call[0], **call[1]))
+    args, kwargs = fresh(call)
+    return first(module(*args, **kwargs))
 
 
 def _next(call: Call, output: Tensor) -> Call:
@@ -136,7 +153,7 @@ def _first_call(model: nn.Module, name: str, run: Callable[[], Any]) -> Call:
     found: list[Call] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
+        found.append(fresh((args, kwargs)))
         raise Enough
 
     handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)

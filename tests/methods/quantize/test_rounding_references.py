@@ -268,6 +268,19 @@ def test_refitted_scales_solve_the_normal_equations():
     assert torch.allclose(refitted(weight, grid, integers, hessian)[0].scale[0], wanted, rtol=2e-3)  # float16
 
 
+def test_beginnings_of_a_pruned_row_lose_no_more_than_one_and_keep_the_zeros():
+    for seed in range(5):
+        weight, hessian = matrix(seed, 6, 16), damped(moment(seed, 16), 0.01)
+        keep = matrix(seed + 1, 6, 16) > 0
+        grid, order = affine_by_range(weight * keep, 8, 3), activation_order(hessian)
+        unit, cost = factors(hessian[order][:, order])
+        one, _ = in_order(weight * keep, grid, unit, order, keep)
+        assert torch.equal(best_of(weight * keep, grid, unit, cost, order, 1, keep), one)
+        many = best_of(weight * keep, grid, unit, cost, order, 16, keep)
+        assert (grid.points(many)[~keep] == 0).all()
+        assert loss(weight * keep, grid.points(many), hessian) <= loss(weight * keep, grid.points(one), hessian)
+
+
 def test_pruned_weights_stay_zero_and_the_others_make_up_for_them():
     weight, hessian = matrix(6, 6, 16), damped(moment(6, 16), 0.01)
     keep = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)) > 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...core.context import Context
 from ...core.errors import NotFinite, TaskError
-from .hessian import Moment, chunks
+from ...model.moments import Moments, rows_of
 
 
 def loss_hessians(model: nn.Module, names: list[str], ctx: Context) -> dict[str, tuple[Tensor, Tensor]]:
@@ -25,19 +25,20 @@ def loss_hessians(model: nn.Module, names: list[str], ctx: Context) -> dict[str,
     loss does not depend on it, `NotFinite` if a gradient is not finite.
     """
     modules = dict(model.named_modules())
-    moments = {name: Moment() for name in names}
+    moments = {name: Moments() for name in names}
     outputs: dict[str, Tensor] = {}
     with _trainable([modules[name] for name in names]), torch.enable_grad():
         for batch in ctx.progress.track(ctx.batches("calibrate"), "observing gradients"):
             for name, rows, weight in _weighted_rows(modules, names, model.eval(), batch, ctx):
-                moments[name].add(rows * weight.sum(1).sqrt()[..., None])
+                moments[name].add([rows * weight.sum(1).sqrt()[..., None]])
                 outputs[name] = outputs.get(name, 0) + weight.sum(2).flatten()
     for name, moment in moments.items():
         if name not in outputs or not outputs[name].any():
             raise TaskError(f"the loss does not depend on the layer {name!r} over the calibration data; skip it")
-        if not torch.isfinite(moment.matrix).all():
+        assert moment.hessian is not None
+        if not torch.isfinite(moment.hessian).all():
             raise NotFinite(f"calibration: inputs or gradients of the layer {name!r} are NaN or infinite")
-    return {name: (moment.matrix * moment.count, outputs[name]) for name, moment in moments.items()}
+    return {name: (moment.hessian, outputs[name]) for name, moment in moments.items() if moment.hessian is not None}
 
 
 def _weighted_rows(
@@ -45,12 +46,7 @@ def _weighted_rows(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """For each call of a layer: its rows [groups, n, inputs] and their weights [groups, outputs, n], in pieces."""
     calls: list[tuple[str, Tensor, Tensor]] = []
-    handles = [
-        modules[name].register_forward_hook(
-            lambda _module, given, output, name=name: calls.append((name, given[0].detach(), output))
-        )
-        for name in names
-    ]
+    handles = [modules[name].register_forward_hook(_kept(name, calls)) for name in names]
     try:
         loss = ctx.task.loss(ctx.task.call(model, batch), batch)
     finally:
@@ -63,13 +59,25 @@ def _weighted_rows(
         if gradient is None:
             continue
         done, weights = 0, _row_weights(modules[name], gradient.float())
-        for rows in chunks(modules[name], given.float()):
+        for rows in rows_of(modules[name], given.float()):
             yield name, rows, weights[..., done : done + rows.shape[1]]
             done += rows.shape[1]
 
 
+def _kept(name: str, calls: list[tuple[str, Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """A hook that notes the input and the output of a layer, and passes a copy on: activations may work in place."""
+
+    def hook(_module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not given:
+            raise TaskError(f"the layer {name!r} is given its input by keyword, which cannot be observed; skip it")
+        calls.append((name, given[0].detach(), output))
+        return output.clone()
+
+    return hook
+
+
 def _row_weights(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """The squared gradient in each output at each row, in the order of `chunks`: [groups, outputs, rows]."""
+    """The squared gradient in each output at each row, in the order of `rows_of`: [groups, outputs, rows]."""
     squares = gradient.square()
     if isinstance(layer, nn.Linear):
         return squares.reshape(1, -1, squares.shape[-1]).mT

@@ -22,7 +22,8 @@ def producer(block: Block, stage: Stage) -> str | None:
     seen, wanted = trace(block)
     layers = [block.module.get_submodule(name) for name in stage.layers]
     columns = int(layers[0].weight.shape[1])  # type: ignore[index]
-    before = [name for name, _, _ in seen[: min(place for place, each in enumerate(seen) if each[0] in stage.layers)]]
+    first_of = min(place for place, each in enumerate(seen) if each.name in stage.layers)
+    before = [each.name for each in seen[:first_of]]
     for name in dict.fromkeys(reversed(before)):
         module = block.module.get_submodule(name)
         fits = _outputs(module) == columns and all(type(layer) is nn.Linear for layer in layers)

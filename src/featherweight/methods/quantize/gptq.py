@@ -81,7 +81,15 @@ def in_order(
     return found[torch.argsort(order)].t().contiguous(), columns
 
 
-def best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tensor, width: int) -> Tensor:
+def best_of(
+    weight: Tensor,
+    grid: Grid,
+    unit: Tensor,
+    cost: Tensor,
+    order: Tensor,
+    width: int,
+    keep: Tensor | None = None,
+) -> Tensor:
     """`in_order` with the `width` best beginnings of each row kept, each with two integers to go on: the M-algorithm.
 
     `cost` is d of `factors`. The loss is at most that of the best beginning that was never dropped; with width 1 it is
@@ -92,11 +100,14 @@ def best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tenso
     for start in range(0, len(weight), rows):
         zero = grid.zeros()[start : start + rows]
         part = replace(grid, scale=grid.scale[start : start + rows], zero=zero)
-        parts.append(_best_of(weight[start : start + rows], part, unit, cost, order, width))
+        holes = None if keep is None else ~keep[start : start + rows, order]
+        parts.append(_best_of(weight[start : start + rows], part, unit, cost, order, width, holes))
     return torch.cat(parts)
 
 
-def _best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tensor, width: int) -> Tensor:
+def _best_of(
+    weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tensor, width: int, holes: Tensor | None
+) -> Tensor:
     """Columns are gone through in blocks: what was decided before a block is reordered once, at the block's end."""
     count, columns = weight.shape
     weight, places = weight[:, order], (order // grid.group).tolist()
@@ -111,8 +122,12 @@ def _best_of(weight: Tensor, grid: Grid, unit: Tensor, cost: Tensor, order: Tens
             scale, zero = (entry[:, places[column], None] for entry in (grid.scale, grid.zero))
             target = given[:, :, place] + lost[:, :, :place] @ unit[start:column, column]
             choices = two_nearest(target, grid, scale, zero)
+            if holes is not None:
+                choices = torch.where(holes[:, column, None, None], grid.origin(zero)[..., None], choices)
             values = grid.value(choices, scale[..., None], zero[..., None])
             totals = torch.addcmul(total[..., None], cost[column], (target[..., None] - values).square_())
+            if holes is not None:  # there is but one way to go on
+                totals[..., 1].masked_fill_(holes[:, column, None], torch.inf)
             total, picked = totals.flatten(1).topk(min(width, 2 * total.shape[1]), 1, largest=False)
             parent = picked // 2
             origin = origin.gather(1, parent)
@@ -224,8 +239,8 @@ def gptq(
     unit, cost = found
 
     def rounded(grid: Grid) -> tuple[Tensor, Slope | None]:
-        if width > 1 and keep is None:
-            return best_of(weight, grid, unit, cost, order, width), None
+        if width > 1:
+            return best_of(weight, grid, unit, cost, order, width, keep), None
         integers, left = in_order(weight, grid, unit, order, keep)
         return integers, lambda rows, _error: sloped(left[:, rows], unit, cost, order)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LEAST = 2.0**-24  # the smallest magnitude that float16 holds
+TINY = 2.0**-100  # the scale of a group of zeros
 # NormalFloat with 4 bits: quantiles of the Gaussian, 0 among them. QLoRA, arXiv:2305.14314, appendix E.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -35,6 +36,7 @@ class Grid:
     group: int
     table: Tensor | None = None
     whole: bool = True  # zero points are integers
+    half: bool = True  # scales (and zero points that are no integers) are stored in float16, else in float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,8 +76,15 @@ class Grid:
         grouped = integers.reshape(*self.scale.shape, self.group)
         return self.value(grouped, self.scale[..., None], self.zeros()[..., None]).reshape(integers.shape)
 
+    def fitting(self) -> Grid:
+        """The grid, stored in float32 if its scales lie where float16 is coarse or ends."""
+        largest = float(self.scale.abs().max())
+        return replace(self, half=2.0**-14 < largest < 2.0**15)
+
     def stored(self) -> Grid:
-        """The grid with its scales (and zero points that are no integers) rounded to float16, as they are stored."""
+        """The grid with its scales (and zero points that are no integers) rounded as they are stored."""
+        if not self.half:
+            return self
         sign = torch.where(self.scale < 0, -1.0, 1.0).to(self.scale.dtype)
         magnitude = self.scale.abs().clamp(LEAST, 65504).half().to(self.scale.dtype)
         zero = self.zero if self.whole else self.zero.half().to(self.zero.dtype)
@@ -89,7 +98,7 @@ def affine_by_range(weight: Tensor, group: int, bits: int) -> Grid:
 
 
 def _affine(low: Tensor, high: Tensor, top: int, group: int) -> Grid:
-    scale = ((high - low) / top).clamp_min(LEAST)
+    scale = ((high - low) / top).clamp_min(TINY)
     return Grid(scale, torch.round(-low / scale).clamp(0, top), 0, top, group)
 
 
@@ -102,26 +111,26 @@ def symmetric_by_range(weight: Tensor, group: int, bits: int) -> Grid:
     grouped = _grouped(weight, group)
     low = -(2 ** (bits - 1))
     largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))[..., 0]
-    scale = torch.where(largest == 0, LEAST, largest / low)
+    scale = torch.where(largest == 0, TINY, largest / low)
     return Grid(scale, torch.zeros((), dtype=scale.dtype), low, -low - 1, group)
 
 
 def centred_by_range(weight: Tensor, group: int, bits: int) -> Grid:
     """The grid of half steps around 0 (2 bits: -1.5, -0.5, 0.5, 1.5): no point is spent on 0. One bit is the sign."""
     top = 2**bits - 1
-    scale = (_grouped(weight, group).abs().amax(-1) / (top / 2)).clamp_min(LEAST)
+    scale = (_grouped(weight, group).abs().amax(-1) / (top / 2)).clamp_min(TINY)
     return Grid(scale, torch.tensor(top / 2, dtype=scale.dtype), 0, top, group, whole=False)
 
 
 def ternary_by_range(weight: Tensor, group: int) -> Grid:
     """The grid -1, 0, 1 times the largest magnitude of each group (arXiv:1605.04711)."""
-    scale = _grouped(weight, group).abs().amax(-1).clamp_min(LEAST)
+    scale = _grouped(weight, group).abs().amax(-1).clamp_min(TINY)
     return Grid(scale, torch.zeros((), dtype=scale.dtype), -1, 1, group)
 
 
 def table_by_range(weight: Tensor, group: int, table: tuple[float, ...]) -> Grid:
     """The points of `table` (ascending, within -1...1) times the largest magnitude of each group."""
-    scale = _grouped(weight, group).abs().amax(-1).clamp_min(LEAST)
+    scale = _grouped(weight, group).abs().amax(-1).clamp_min(TINY)
     points = torch.tensor(table, dtype=scale.dtype)
     return Grid(scale, torch.zeros((), dtype=scale.dtype), 0, len(table) - 1, group, points)
 

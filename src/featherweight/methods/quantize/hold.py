@@ -22,10 +22,10 @@ def hold(matrix: Matrix, integers: Tensor, grid: Grid, bits: int) -> None:
     group = grid.group if grid.group < matrix.columns else None
     link: HeldIndices | HeldIntegers
     if grid.table is not None:
-        link = HeldIndices(values.to(torch.uint8), grid.table, scale, matrix.axis, group, dtype=dtype)
+        link = HeldIndices(values.to(torch.uint8), grid.table, scale, matrix.axis, group, grid.half, dtype)
     else:
         kind = torch.int8 if grid.low < 0 else torch.uint8
         zero = grid.zero if grid.zero.dim() == 0 or group is not None else grid.zero[:, 0]
         zero = zero.to(kind) if grid.whole else zero
-        link = HeldIntegers(values.to(kind), scale, zero, matrix.axis, bits, group, dtype=dtype)
+        link = HeldIntegers(values.to(kind), scale, zero, matrix.axis, bits, group, grid.half, dtype)
     put(matrix, link)

@@ -35,6 +35,7 @@ from .grids import (
 from .hold import hold
 from .hqq import half_quadratic
 
+ONLY_GPTQ = ("act_order", "damping", "beam", "refine", "compensate", "scaling")
 Bits = Literal[8, 6, 5, 4, 3, 2, 1, "ternary"]
 
 
@@ -85,7 +86,14 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
             raise ValueError("the format nf4 has a table of its own; leave symmetric out")
         if self.method == "hqq" and (self.format == "nf4" or self.symmetric or bits & {1, "ternary"}):
             raise ValueError("hqq finds zero points: it needs format affine, symmetric false and 2 bits or more")
+        changed = [name for name in ONLY_GPTQ if getattr(self, name) != type(self).model_fields[name].default]
+        if self.method != "gptq" and changed:
+            raise ValueError(f"{changed[0]} is a setting of the method gptq; leave it out with {self.method}")
         return self
+
+    def alone(self) -> WeightQuantization:
+        """Without what makes up for other layers or changes them: compensation and scaling, settings of GPTQ."""
+        return self.model_copy(update={"compensate": False, "scaling": False}) if self.method == "gptq" else self
 
     def forms(self) -> frozenset[str]:
         return frozenset(self._form(bits) for bits in (self.bits, *self.layer_bits.values()))
@@ -109,6 +117,9 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
             else:
                 matrices[matrix.name] = matrix
         self.check_group(list(matrices.values()))
+        for glob in self.layer_bits:
+            if not any(fnmatchcase(name, glob) for name in matrices):
+                ctx.warn(f"{self.kind}: layer_bits: no chosen layer matches {glob!r}")
         waiting = dict(matrices)
         if self.method in ("gptq", "awq") and matrices:
             for block in ctx.blocks(model):
@@ -135,15 +146,20 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     def quantize_block(self, block: Block, waiting: dict[str, Matrix], ctx: Context) -> None:
         """Quantize the chosen layers of one block, in the order in which they run."""
         prefix = f"{block.name}."
-        inside = [name.removeprefix(prefix) for name in waiting if name.startswith(prefix) and not waiting[name].lookup]
+        inside = [
+            name.removeprefix(prefix)
+            for name, matrix in waiting.items()
+            if name.startswith(prefix) and not matrix.lookup and not matrix.transposed
+        ]
         if not inside:
             return
         found = stages(block, inside)
         original = copied(block.module) if self.compensate and self.method == "gptq" else None
         if self.method == "awq" or self.scaling:
             moments = {name: each for stage in found for name, each in gather(block, None, stage).items()}
-            for stage in found:
-                self._scale(block, stage, waiting, moments, ctx)
+            scaled = {name for stage in found for name in self._scale(block, stage, waiting, moments, ctx)}
+            for name in moments.keys() - scaled:
+                ctx.leave(f"{prefix}{name} (scaling)", "nothing takes the inverse of its scales, or scales do not help")
         if self.method == "awq":
             for name, each in moments.items():
                 self._round(waiting.pop(prefix + name), each, ctx)
@@ -157,18 +173,20 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         names = [name for name, matrix in waiting.items() if not matrix.lookup and not matrix.transposed]
         moments = observe(model, names, ctx) if names else {}
         for name in names:
+            if self.method == "awq" or self.scaling:
+                ctx.leave(f"{name} (scaling)", "it is in no block, where what makes its inputs is not known")
             self._round(waiting.pop(name), moments[name], ctx)
 
     @torch.no_grad()
     def _scale(
         self, block: Block, stage: Stage, waiting: dict[str, Matrix], moments: dict[str, Moments], ctx: Context
-    ) -> None:
-        """Scale the inputs of a stage's layers, where what makes them can be scaled the other way."""
+    ) -> list[str]:
+        """Scale the inputs of a stage's layers where what makes them can be scaled the other way; gives those scaled."""
         layers = [waiting[f"{block.name}.{name}"] for name in stage.layers]
         source = producer(block, stage)
         each = moments[stage.layers[0]]
         if source is None or any(matrix.keep is not None for matrix in layers) or not each.rows:
-            return
+            return []
         assert each.largeness is not None
         hessian, largeness = each.mean()[0], each.largeness[0]
 
@@ -178,13 +196,14 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
 
         scales, share = search_scales([matrix.weight() for matrix in layers], largeness, hessian, rounded)
         if share == 0:
-            return
+            return []
         rescale(block.module.get_submodule(source), [matrix.layer for matrix in layers], scales)
         for name in stage.layers:
             total = moments[name].hessian
             assert total is not None
             total.div_(scales[:, None] * scales)
         ctx.change(f"{block.name}.{source}", f"outputs divided by scales of its readers' inputs (AWQ, share {share:g})")
+        return stage.layers
 
     # -- one layer -------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -211,7 +230,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     def _grid(self, weight: Tensor, matrix: Matrix, importance: Tensor | None, candidates: int = 40) -> Grid:
         """The grid of a matrix: over its range, then with what is searched."""
         bits = self.bits_of(matrix.name)
-        grid = self._by_range(weight, matrix.group(self.group), bits)
+        grid = self._by_range(weight, matrix.group(self.group), bits).fitting()
         if self.method == "hqq":
             return half_quadratic(weight, grid.stored()).stored()
         if self.clipping or bits in (1, "ternary"):
@@ -230,10 +249,14 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
 
     def _gptq(self, weight: Tensor, matrix: Matrix, moments: Moments, ctx: Context) -> tuple[Tensor, Grid]:
         """Integers and grid by GPTQ, one part of a grouped convolution after the other."""
+        if moments.note:
+            ctx.warn(f"{matrix.name}: drift is not made up for: {moments.note}")
         if moments.drift is not None:
-            weight = corrected(weight, moments, self.damping)
-            if matrix.keep is not None:
-                weight = weight * matrix.keep
+            aim = corrected(weight, moments, self.damping)
+            if aim is None:
+                ctx.warn(f"{matrix.name}: drift is not made up for: its inputs give no finite solution")
+            else:
+                weight = aim if matrix.keep is None else aim * matrix.keep
         parts = []
         hessians = moments.mean()
         size = len(weight) // len(hessians)
