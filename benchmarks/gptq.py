@@ -35,8 +35,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("featherweight", "torch")
 OURS: dict[str, dict[str, Any]] = {
     "featherweight, plain": {"clipping": False, "beam": 1, "refine": 0},
-    "featherweight, searched clipping": {"clipping": True, "beam": 1, "refine": 0},
-    "featherweight, scales refitted once": {"clipping": False, "beam": 1, "refine": 1},
+    "featherweight, scales fitted once": {"clipping": False, "beam": 1, "refine": 1},
+    "featherweight, as it comes": {},
 }
 THEIRS = {"LLM Compressor": "minmax", "LLM Compressor, searched clipping": "mse"}
 Run = Callable[[Path, Path], None]  # of a folder with the data and one for the result
