@@ -122,10 +122,10 @@ def test_a_layer_without_some_number_of_bits_chooses_among_the_others():
     task = transformer_task()
     context = Context(task, device=torch.device("cpu"))
     pruned, _ = run_step(step("prune.magnitude", sparsity=0.5, only="wide"), task.fresh(), context)
-    item = step("quantize.mixed", bits=(4, 1), method="rtn", group=8, limit=3.5, leave=False, inputs=64)
+    item = step("quantize.mixed", bits=(4, 1), method="rtn", group=8, limit=5.0, leave=False, inputs=64)
     model, record = run_step(item, pruned, context)
     assert {each.bits for each in encodings(model).values()} == {1, 4}, "a grid of 1 bit has no 0, others may have it"
-    assert encodings(model)["wide.weight"].bits == 4 and average_bits(model) <= 3.5
+    assert encodings(model)["wide.weight"].bits == 4 and average_bits(model) <= 5
     assert [left.reason for left in record.left if left.layer == "wide (1 bit)"] == [
         "it is pruned, and this grid has no 0"
     ]
@@ -153,7 +153,7 @@ def test_awq_measures_layers_against_the_model_as_it_was():
         ({"budget": "float_macs"}, "set activations: int8"),
         ({"bits": (9,)}, "less than or equal to 8"),
         ({"bits": ()}, "at least one number of bits"),
-        ({"budget": "drop", "limit": 0.0, "leave": False, "bits": (2, 1)}, "even with 2 bits; raise limit .0., or set"),
+        ({"budget": "drop", "limit": 0.0, "leave": False, "bits": (1,)}, "even with 1 bit; raise limit .0., or set"),
     ],
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], said: str):

@@ -39,12 +39,13 @@ class Choices:
 def choose(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], largest: float) -> Choices:
     """The multiple-choice knapsack over layers for all budgets up to `largest`, by dynamic programming.
 
-    `costs` and `losses` hold one entry per layer and option. Losses of layers add up, as noise from different layers
-    does where it is small and independent. Exact but for costs, which are rounded up to 1/4096 of `largest`
-    (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5).
+    `costs` and `losses` hold one entry per layer and option; an option of infinite cost cannot be had. Losses of layers
+    add up, as noise from different layers does where it is small and independent. Exact but for costs, which are
+    rounded up to 1/4096 of `largest` (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5).
     """
     unit = largest / STEPS
-    weights = [np.ceil(np.asarray(each, dtype=np.float64) / unit - 1e-9).astype(np.int64) for each in costs]
+    steps = (np.ceil(np.asarray(each, dtype=np.float64) / unit - 1e-9) for each in costs)
+    weights = [np.minimum(each, STEPS + 1).astype(np.int64) for each in steps]  # more than there is: cannot be had
     best = np.zeros(STEPS + 1)
     taken = np.zeros((len(weights), STEPS + 1), dtype=np.int64)
     for layer, (sizes, prices) in enumerate(zip(weights, losses)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from featherweight.core.context import Context
@@ -19,12 +19,12 @@ from featherweight.core.evaluate import records, torch_run
 from featherweight.core.outputs import first
 from featherweight.core.record import LeftAlone, StepRecord
 from featherweight.core.soft import copied, encodings
-from featherweight.core.step import Trait
+from featherweight.core.step import Trait, one_line
 from featherweight.core.task import Split
 from featherweight.model.parts import Replay, layer_outputs, parts, weights_before
 from featherweight.model.select import LayerStep
 
-from .knapsack import choose
+from .knapsack import STEPS, choose
 from .static import StaticQuantization
 from .weights import WeightQuantization
 
@@ -37,12 +37,35 @@ Table = dict[str, dict[Option, float]]
 
 @dataclass
 class Measured:
-    """What each option of each layer loses and costs, what the limit is a share of, and which layers have no option."""
+    """What each option of each layer loses and costs, what counts in the limit for each layer (its weights, or its
+    multiply-accumulates), and for each number of bits the layers that cannot have it.
+    """
 
     losses: Table = field(default_factory=lambda: defaultdict(dict))
     costs: Table = field(default_factory=lambda: defaultdict(dict))
-    whole: float = 0.0
-    left: list[LeftAlone] = field(default_factory=list)
+    sizes: dict[str, float] = field(default_factory=dict)
+    left: dict[int, list[LeftAlone]] = field(default_factory=dict)
+
+    def columns(self, options: list[Option]) -> tuple[list[list[float]], list[list[float]]]:
+        """Costs and losses, [layers][options]; what a layer cannot have costs infinity."""
+        costs, losses = (
+            [[each.get(option, math.inf) for option in options] for each in table.values()]
+            for table in (self.costs, self.losses)
+        )
+        return costs, losses
+
+    def report(self, ctx: Context) -> None:
+        """Tell which layers cannot be quantized, and which not to every number of bits."""
+        reasons: dict[str, dict[int, str]] = defaultdict(dict)
+        for bits, items in self.left.items():
+            for item in items:
+                reasons[item.layer][bits] = item.reason
+        for layer, each in reasons.items():
+            if layer not in self.losses:
+                ctx.leave(layer, "; ".join(dict.fromkeys(each.values())))
+            else:
+                for bits, reason in each.items():
+                    ctx.leave(f"{layer} ({_words([bits])})", reason)
 
 
 class MixedPrecision(LayerStep, kind="quantize.mixed"):
@@ -55,7 +78,8 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     stay in floats, which is what integer kernels cannot speed up (needs `activations` "int8"); "drop" is what the
     metric may lose on the validation split, measured, in its own unit: the smallest model within it is found by
     bisection. `activations` "float" stores weights by `quantize.weights` with `method`, `group` and `symmetric`,
-    "int8" computes on integers by `quantize.static`. Raises `RecipeError` if even the fewest bits exceed the budget.
+    "int8" computes on integers by `quantize.static`. A layer that cannot have some number of bits chooses among the
+    others. Raises `RecipeError` if no choice is within the limit.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -79,8 +103,11 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
             raise ValueError("give at least one number of bits")
         if self.budget == "float_macs" and self.activations == "float":
             raise ValueError("with activations float every multiply-accumulate is one of floats; set activations: int8")
-        if self.activations == "int8" and min(self.bits) < 2:
-            raise ValueError("activations int8 need 2 bits or more")
+        for bits in self.bits:
+            try:
+                self._step(bits)
+            except ValidationError as error:
+                raise ValueError(f"with {_words([bits])} {one_line(error)}") from error
         return self
 
     def forms(self) -> frozenset[str]:
@@ -90,8 +117,7 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         found = self._measure(model, ctx)
         chosen = self._choose(model, found, ctx) if found.losses else {}
-        for item in found.left:
-            ctx.leave(item.layer, item.reason)
+        found.report(ctx)
         for layer, bits in chosen.items():
             if bits is None:
                 ctx.leave(layer, "what it loses in any number of bits is worth more elsewhere")
@@ -101,11 +127,10 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
         """The bits of each layer."""
         layers = list(measured.losses)
         options: list[Option] = [*sorted(set(self.bits)), *([None] if self.leave else [])]
-        costs, losses = (
-            [[table[layer][option] for option in options] for layer in layers]
-            for table in (measured.costs, measured.losses)
-        )
-        largest = sum(map(max, costs)) if self.budget == "drop" else self.limit * measured.whole
+        costs, losses = measured.columns(options)
+        dearest = sum(max(filter(math.isfinite, each)) for each in costs)
+        dearest *= STEPS / max(1, STEPS - len(layers))  # each layer's cost is rounded up by a step at most
+        largest = dearest if self.budget == "drop" else self.limit * sum(measured.sizes.values())
         found = choose(costs, losses, max(largest, 1e-9))
 
         def given(budget: float) -> dict[str, Option]:
@@ -125,22 +150,26 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
         found = Measured()
         for bits in sorted(set(self.bits)):
             own = replace(ctx, record=StepRecord(step={}))
-            changed = self._step(bits).alone().apply(copied(model), own)
+            changed = self._alone(bits).apply(copied(model), own)
             owned = {layer: each for layer, each in parts(changed).items() if layer in own.record.changed}
-            found.left = own.record.left
+            found.left[bits] = own.record.left
             sizes, stored = stored_sizes(changed, owned)
+            costs: Table = {layer: {bits: stored[layer], None: sizes[layer] * FLOAT_BITS} for layer in owned}
+            found.sizes |= sizes
+            if self.budget == "float_macs":
+                macs = multiply_accumulates(changed, ctx.example, owned)
+                costs = {layer: {bits: 0.0, None: macs[layer]} for layer in owned}
+                found.sizes |= macs
             for layer, loss in self._losses(model, changed, owned, ctx).items():
                 found.losses[layer] |= {bits: loss, None: 0.0}
-                found.costs[layer] |= {bits: stored[layer], None: sizes[layer] * FLOAT_BITS}
-            found.whole = float(sum(sizes.values()))
-        if self.budget == "float_macs":
-            macs = multiply_accumulates(changed, ctx.example, owned)
-            found.whole = sum(macs.values())
-            found.costs = {
-                layer: {bits: macs[layer] if bits is None else 0.0 for bits in each}
-                for layer, each in found.costs.items()
-            }
+                found.costs[layer] |= costs[layer]
         return found
+
+    def _alone(self, bits: int) -> LayerStep:
+        """What measures a layer alone: AWQ rounds to nearest, as its scales also change what makes a layer's inputs."""
+        if self.activations == "float" and self.method == "awq":
+            return self._step(bits, method="rtn")
+        return self._step(bits).alone()
 
     @torch.no_grad()
     def _losses(
@@ -162,10 +191,11 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     # -- the model with the bits that were chosen ------------------------------------------------------------------
     def _step(self, bits: int, **settings: Any) -> LayerStep:
         """The method that quantizes the chosen layers to `bits`."""
-        given: dict[str, Any] = {"bits": bits, "only": self.only, "skip": self.skip, **settings}
+        given: dict[str, Any] = {"bits": bits, "only": self.only, "skip": self.skip}
         if self.activations == "int8":
-            return StaticQuantization(ends=bits, weights="mse", **given)
-        return WeightQuantization(group=self.group, method=self.method, symmetric=self.symmetric, **given)
+            return StaticQuantization(**given | {"ends": bits, "weights": "mse"} | settings)
+        stored = {"group": self.group, "method": self.method, "symmetric": self.symmetric}
+        return WeightQuantization(**given | stored | settings)
 
     def _build(self, model: nn.Module, chosen: dict[str, Option], ctx: Context) -> nn.Module:
         widths = {layer: bits for layer, bits in chosen.items() if bits is not None}
@@ -180,14 +210,28 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
     def _least(
         self, model: nn.Module, ctx: Context, given: Callable[[float], dict[str, Option]], largest: float
     ) -> dict[str, Option]:
-        """The cheapest choice whose measured drop is within the limit: bisection over budgets up to `largest`."""
+        """The cheapest choice whose measured drop is within the limit: bisection over budgets up to `largest`.
+
+        Raises `RecipeError` if even the dearest choice is not within it (it is floats everywhere, if `leave`).
+        """
         split: Split = "validate" if ctx.task.has("validate") else "calibrate"
         metric = ctx.task.metric
 
         def figure(candidate: nn.Module) -> float:
             return metric.reduce(records(ctx.task, torch_run(ctx.task, candidate, ctx.device), split, ctx.progress))
 
+        def drop(choice: dict[str, Option]) -> float:
+            if not any(choice.values()):
+                return 0.0  # floats everywhere
+            made = self._build(model, choice, replace(ctx, record=StepRecord(step={})))
+            return metric.drop(original, figure(made))
+
         original, best = figure(model), given(largest)
+        if not (least := drop(best)) <= self.limit:
+            raise RecipeError(
+                f"{self.kind}: the metric drops by {least:.3g} even with {_words([max(self.bits)])}; raise limit "
+                f"({self.limit:g}), or set leave: true"
+            )
         low, high = 0.0, largest
         for _ in range(TRIES):
             middle = (low + high) / 2
@@ -196,8 +240,7 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
             except ValueError:  # fewer bits than there are
                 low = middle
                 continue
-            made = self._build(model, tried, replace(ctx, record=StepRecord(step={})))
-            if metric.drop(original, figure(made)) <= self.limit:
+            if drop(tried) <= self.limit:
                 best, high = tried, middle
             else:
                 low = middle
@@ -205,7 +248,7 @@ class MixedPrecision(LayerStep, kind="quantize.mixed"):
 
 
 def _words(options: list[Option]) -> str:
-    return ", ".join("floats" if option is None else f"{option} bits" for option in options)
+    return ", ".join("floats" if option is None else f"{option} bit{'s' * (option > 1)}" for option in options)
 
 
 def stored_sizes(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, int], dict[str, float]]:

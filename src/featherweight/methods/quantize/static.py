@@ -79,8 +79,9 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
         return frozenset(f"int{bits}" for bits in (self.bits, max(self.bits, self.ends), *self.layer_bits.values()))
 
     def alone(self) -> StaticQuantization:
-        """Without the correction of biases, which makes up for all layers before together."""
-        return self.model_copy(update={"bias_correction": False})
+        """Without what is learned or corrected on inputs from layers quantized before, whose errors it makes up for."""
+        without = {"bias_correction": False, "rounding": "nearest", "clipping": "calibrated"}
+        return self.model_copy(update=without)
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         links = {name: chain for name, _, _, chain in chains(model)}
