@@ -16,7 +16,7 @@ from featherweight.core.machine import describe
 from featherweight.core.trellis import code, windows
 from featherweight.methods.quantize.viterbi import tail_biting
 
-BITS = (1, 2, 3, 4)
+BITS = (1, 2, 3, 4, 5, 6)
 SAMPLES, STEPS, SEED = 2**16, 256, 2026
 
 

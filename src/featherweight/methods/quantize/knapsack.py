@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,11 @@ def choose(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], 
     """The multiple-choice knapsack over layers for all budgets up to `largest`, by dynamic programming.
 
     `costs` and `losses` hold one entry per layer and option; an option of infinite cost cannot be had. Losses of layers
-    add up, as noise from different layers does where it is small and independent. Exact but for costs, which are
-    rounded up to 1/4096 of `largest` (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5).
+    add up, as noise from different layers does where it is small and independent. Exact where costs are whole multiples
+    of 1/4096 of `largest` or more; others are rounded up to such steps, so that a little of the budget may be left
+    (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, section 11.5).
     """
-    unit = largest / STEPS
+    unit = _unit([float(each) for layer in costs for each in layer if np.isfinite(each)], largest)
     steps = (np.ceil(np.asarray(each, dtype=np.float64) / unit - 1e-9) for each in costs)
     weights = [np.minimum(each, STEPS + 1).astype(np.int64) for each in steps]  # more than there is: cannot be had
     best = np.zeros(STEPS + 1)
@@ -55,3 +57,10 @@ def choose(costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], 
                 tried[option, size:] = best[: STEPS + 1 - size] + price
         taken[layer], best = tried.argmin(0), tried.min(0)
     return Choices(best, taken, weights, unit)
+
+
+def _unit(costs: Sequence[float], largest: float) -> float:
+    """A step of the budget: the greatest common divisor of whole costs, if it is no smaller than `largest` / STEPS."""
+    least = largest / STEPS
+    divisor = math.gcd(*map(int, costs)) if all(each.is_integer() for each in costs) else 0
+    return float(divisor) if divisor >= least else least
