@@ -229,7 +229,10 @@ def place(given: argparse.Namespace) -> Path:
 def start(given: argparse.Namespace, task: Task, command: str) -> Ledger:
     """The ledger of that date and task if there is one, else a new one."""
     if place(given).is_file():
-        return Ledger.model_validate_json(place(given).read_text(encoding="utf-8"))
+        found = Ledger.model_validate_json(place(given).read_text(encoding="utf-8"))
+        if found.seed != given.seed:
+            raise SystemExit(f"{place(given)} has the seed {found.seed}; take another --date or --out for {given.seed}")
+        return found
     versions = {name: version(name) for name in PACKAGES}
     try:
         versions |= {f"{name} (peer)": text for name, text in Peer("llmcompressor", given.peers).versions().items()}

@@ -297,6 +297,7 @@ def test_an_lstm_in_integers_can_be_trained_and_copied():
     task = word_task()
     model, _ = quantized(task)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert fold(copy.deepcopy(model.to(CPU).float()))(task.test.tensors[0]).shape == (64, 5)  # moved, it can be copied
     Context(task, device=CPU).fit(copy.deepcopy(model), Training(epochs=1, lr=1e-2))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     Context(task, device=CPU).fit(model, Training(epochs=1, lr=1e-2))

@@ -55,6 +55,18 @@ class PortedLSTM(nn.LSTM):
         finally:
             self._flat_weights = kept
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves to another device or type; the list that torch makes anew then holds no values of chains, which could
+        not be copied.
+        """
+        super()._apply(fn, recurse)
+        if parametrize.is_parametrized(self):
+            chains: Any = self.parametrizations
+            self._flat_weights = [
+                chains[name].original if name in chains else getattr(self, name) for name in self._flat_weights_names
+            ]
+        return self
+
 
 def add_lstm_port(layer: nn.LSTM) -> None:
     """Turn `layer` into a `PortedLSTM` in place; a parametrized one keeps its chains."""
