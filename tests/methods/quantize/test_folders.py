@@ -77,6 +77,73 @@ def test_the_folder_holds_what_quantizing_in_memory_gives(tmp_path):
     assert set(index) == set(shards.names())
 
 
+class Mixed(nn.Module):
+    """A block with a batch norm, a layer that never runs and an embedding: N x 16 to N x 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16)
+        self.never, self.places = nn.Linear(16, 16), nn.Embedding(4, 16)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(2, 3)
+        self.register_buffer("hidden", torch.ones(16), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.second(torch.relu(self.norm(self.first(x)))) + self.places(torch.tensor(1)) * self.hidden
+        return x if float(x.detach().abs().max()) < 1e9 else self.never(x)
+
+
+class Stack(nn.Module):
+    """Blocks behind a batch norm of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.blocks = nn.BatchNorm1d(16), nn.ModuleList(Mixed() for _ in range(2))
+        self.norm.running_mean.normal_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def stack() -> nn.Module:
+    torch.manual_seed(0)
+    return Stack().eval()
+
+
+def fresh() -> nn.Module:
+    """The network without its weights and statistics."""
+    torch.manual_seed(9)
+    return Stack().eval()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn", "hqq"])
+def test_blocks_of_any_kind_are_quantized_and_copied_whole(tmp_path, method):
+    (tmp_path / "from").mkdir()
+    save_file({key: value.clone() for key, value in stack().state_dict().items()}, tmp_path / "from" / "it.safetensors")
+    x = torch.randn(48, 16, generator=torch.Generator().manual_seed(1))
+    data = [(part, torch.zeros(16)) for part in x.split(16)]
+    item = step("quantize.weights", bits=3, group=8, method=method, embeddings=True)
+    ctx = Context(Task(name="stack", model=stack(), calibrate=data, test=data), device=CPU)
+    record = quantize_folder(
+        item, fresh, tmp_path / "from", tmp_path / "to", [{"x": part} for part in x.split(16)], ctx
+    )
+    model, _ = run_step(item, stack(), ctx)
+    shards, page = Shards(tmp_path / "to"), json.loads((tmp_path / "to" / "encodings.json").read_text())
+    wanted = encodings(model)
+    assert set(page) == set(wanted) and len(page) == 8
+    for name, encoding in wanted.items():
+        assert torch.equal(read_weight(name, page[name], shards), encoding.decode()), name
+    for name, value in stack().state_dict().items():
+        if name not in page and not (method == "awq" and ".norm." in name):  # scales go into the norm
+            assert torch.equal(shards.read(name), value), name
+    assert not any("hidden" in name for name in shards.names())
+    said = [text for text in record.warnings if "never" in text and "rounded to nearest" in text]
+    assert len(said) == (2 if method in ("gptq", "awq") else 0)
+
+
 def test_what_is_missing_or_cut_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArtifactError, match="holds no safetensors file"):
@@ -91,6 +158,8 @@ def test_what_is_missing_or_cut_is_said(tmp_path):
     with pytest.raises(ArtifactError, match="no shard holds the tensor"):
         quantize_folder(item, llama, tmp_path / "from", tmp_path / "to", batches(), ctx)
     assert not (tmp_path / "to").exists()
+    with pytest.raises(TaskError, match="no calibration batches"):
+        quantize_folder(item, llama, tmp_path / "from", tmp_path / "to", [], ctx)
     with pytest.raises(TaskError, match="no repeated blocks"):
         quantize_folder(item, lambda: nn.Linear(16, 16), tmp_path / "from", tmp_path / "to", batches(), ctx)
 

@@ -22,7 +22,7 @@ from featherweight.core.errors import ArtifactError, TaskError
 from featherweight.core.files import whole_folder, write_json
 from featherweight.core.record import StepRecord
 from featherweight.core.soft import encodings
-from featherweight.model.matrices import chosen_matrices
+from featherweight.model.matrices import Matrix, chosen_matrices
 from featherweight.model.shards import Shards, ShardWriter
 
 from .weights import WeightQuantization
@@ -71,16 +71,18 @@ def quantize_folder(
 
     `make` makes the model (its weights are dropped as they are made), `batches` are calibration inputs by name. At any
     time one block is in memory, in its original and its new form, with its activations; what is in no block stays in
-    memory throughout and is copied as it is. `out` gets shards with the parts of each encoding (`weight:values`...),
-    `encodings.json`, and an index. Raises `TaskError` if the model has no repeated blocks, `ArtifactError` for shards
+    memory throughout and is copied as it is. Layers of a block that do not run on the first batch are rounded to
+    nearest, and said. `out` gets shards with the parts of each encoding (`weight:values`...), `encodings.json`, and an
+    index. Raises `TaskError` if the model has no repeated blocks or there are no batches, `ArtifactError` for shards
     that lack a tensor.
     """
     shards = Shards(source)
     with without_weights():
         model = make().eval()
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            raise TaskError(f"the model makes its buffer {name!r} with torch.empty; it has no content then")
+    _check_buffers(model)
+    given = list(batches)
+    if not given:
+        raise TaskError("there are no calibration batches; give at least one")
     ctx.record = StepRecord(step=step.full())
     inside = {matrix.name: matrix for matrix in chosen_matrices(step, model, ctx)}
     step.check_group(list(inside.values()))
@@ -101,18 +103,34 @@ def quantize_folder(
             gc.collect()  # the generated classes of parametrized modules lie in cycles
 
         blocks = _block_names(model)
-        for name in [name for name in inside if not name.startswith(tuple(f"{block}." for block in blocks))]:
-            ctx.leave(name, "is in no block; copied as it is")
-            del inside[name]
+        _report(model, blocks, inside, shards, ctx)
         outer = _fill_outer(model, blocks, shards)
-        given = list(batches)
         calls = [functools.partial(model, **batch) for batch in given]
         for block in walk(model, calls, [real_positions(batch) for batch in given], enter, leave):
-            step.quantize_block(block, inside, ctx)
+            if step.method in ("gptq", "awq"):
+                step.quantize_block(block, inside, ctx)
+            step.round_block(block, inside, ctx)
         writer.add(outer)
         writer.close()
         write_json(folder / PAGE, found)
     return ctx.record
+
+
+def _check_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise TaskError(f"the model makes its buffer {name!r} with torch.empty; it has no content then")
+
+
+def _report(model: nn.Module, blocks: list[str], inside: dict[str, Matrix], shards: Shards, ctx: Context) -> None:
+    """Take the layers that are in no block out of `inside`, and tell of them and of tensors that no block has."""
+    prefixes, known = tuple(f"{block}." for block in blocks), model.state_dict().keys()
+    for name in [name for name in inside if not name.startswith(prefixes)]:
+        ctx.leave(name, "is in no block; copied as it is")
+        del inside[name]
+    for name in shards.names():
+        if name.startswith(prefixes) and name not in known:
+            ctx.warn(f"{name}: the model has no such tensor; it is not copied")
 
 
 def _block_names(model: nn.Module) -> list[str]:
@@ -126,15 +144,32 @@ def _block_names(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def fill(module: nn.Module, prefix: str, shards: Shards) -> None:
-    """Read every parameter of `module` that has no content, in its own type, from the shards."""
+    """Read every parameter of `module` that has no content, and its persistent buffers, in their types."""
     for path, part in module.named_modules():
         for attribute, parameter in list(part._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 name = ".".join(word for word in (prefix, path, attribute) if word)
-                value = shards.read(name).to(parameter.dtype)
-                if value.shape != parameter.shape:
-                    raise ArtifactError(f"{name!r} is {list(value.shape)} in the shards, not {list(parameter.shape)}")
-                part._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+                part._parameters[attribute] = nn.Parameter(_read(name, parameter, shards), requires_grad=False)
+        _fill_buffers(part, ".".join(word for word in (prefix, path) if word), shards)
+
+
+def _read(name: str, like: Tensor, shards: Shards) -> Tensor:
+    value = shards.read(name).to(like.dtype)
+    if value.shape != like.shape:
+        raise ArtifactError(f"{name!r} is {list(value.shape)} in the shards, not {list(like.shape)}")
+    return value
+
+
+def _fill_buffers(part: nn.Module, path: str, shards: Shards) -> None:
+    """Read the persistent buffers of this one module."""
+    for attribute, buffer in _persistent(part):
+        part._buffers[attribute] = _read(f"{path}.{attribute}".lstrip("."), buffer, shards)
+
+
+def _persistent(part: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers of this one module that belong to its state."""
+    hidden = part._non_persistent_buffers_set
+    return [(name, value) for name, value in part._buffers.items() if value is not None and name not in hidden]
 
 
 def _fill_outer(model: nn.Module, blocks: list[str], shards: Shards) -> dict[str, Tensor]:
@@ -145,6 +180,7 @@ def _fill_outer(model: nn.Module, blocks: list[str], shards: Shards) -> dict[str
     for path, part in model.named_modules():
         if f"{path}.".startswith(inside):
             continue
+        _fill_buffers(part, path, shards)
         for attribute, parameter in list(part._parameters.items()):
             if parameter is None or not parameter.is_meta:
                 continue
@@ -177,6 +213,10 @@ def stored_tensors(module: nn.Module, prefix: str, found: dict[str, Any]) -> dic
     for name, parameter in module.named_parameters():
         if "parametrizations" not in name.split("."):
             tensors[f"{prefix}.{name}"] = parameter
+    for path, part in module.named_modules():
+        if "parametrizations" not in path.split("."):
+            named = ((f"{prefix}.{path}".rstrip("."), *each) for each in _persistent(part))
+            tensors |= {f"{owner}.{name}": buffer for owner, name, buffer in named}
     return tensors
 
 

@@ -144,17 +144,19 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
 
     # -- the layers of a block, and the others ---------------------------------------------------------------------
     def quantize_block(self, block: Block, waiting: dict[str, Matrix], ctx: Context) -> None:
-        """Quantize the chosen layers of one block, in the order in which they run."""
+        """Quantize the chosen layers of one block: first its tables, then the others in the order in which they run."""
         prefix = f"{block.name}."
         inside = [
             name.removeprefix(prefix)
             for name, matrix in waiting.items()
             if name.startswith(prefix) and not matrix.lookup and not matrix.transposed
         ]
+        original = copied(block.module) if inside and self.compensate and self.method == "gptq" else None
+        for name in [name for name, matrix in waiting.items() if name.startswith(prefix) and matrix.lookup]:
+            self._round(waiting.pop(name), None, ctx)
         if not inside:
             return
         found = stages(block, inside)
-        original = copied(block.module) if self.compensate and self.method == "gptq" else None
         if self.method == "awq" or self.scaling:
             moments = {name: each for stage in found for name, each in gather(block, None, stage).items()}
             scaled = {name for stage in found for name in self._scale(block, stage, waiting, moments, ctx)}
@@ -167,6 +169,14 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         for stage in found:
             for name, each in gather(block, original, stage).items():
                 self._round(waiting.pop(prefix + name), each, ctx)
+
+    def round_block(self, block: Block, waiting: dict[str, Matrix], ctx: Context) -> None:
+        """Quantize what is left of a block without data."""
+        for name in [name for name in waiting if name.startswith(f"{block.name}.")]:
+            matrix = waiting.pop(name)
+            if self.method in ("gptq", "awq"):
+                ctx.warn(f"{name}: its inputs on the first batch are not known; rounded to nearest")
+            self._round(matrix, None, ctx)
 
     def _rest(self, model: nn.Module, waiting: dict[str, Matrix], ctx: Context) -> None:
         """Quantize the layers that are in no block, all with the inputs that they get now."""
@@ -181,7 +191,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     def _scale(
         self, block: Block, stage: Stage, waiting: dict[str, Matrix], moments: dict[str, Moments], ctx: Context
     ) -> list[str]:
-        """Scale the inputs of a stage's layers where what makes them can be scaled the other way; gives those scaled."""
+        """Scale the inputs of a stage's layers where what makes them can take the inverse; gives those scaled."""
         layers = [waiting[f"{block.name}.{name}"] for name in stage.layers]
         source = producer(block, stage)
         each = moments[stage.layers[0]]
