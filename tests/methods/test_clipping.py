@@ -86,7 +86,7 @@ def ports(model):
 @pytest.mark.parametrize("make", [conv_task, transformer_task])
 @pytest.mark.parametrize("rounding", ["nearest", "block"])
 def test_learned_ranges_are_nearer_to_the_original(make, rounding):
-    task, given_settings = make(), {"activation_bits": 3, "rounding": rounding, "iterations": 100}
+    task, given_settings = make(), {"activation_bits": 3, "rounding": rounding, "iterations": 60}
     calibrated, _ = quantized(task, bits=6, **given_settings)
     learned, record = quantized(task, bits=6, clipping="learned", **given_settings)
     assert apart(task, learned) < 0.9 * apart(task, calibrated)
@@ -97,7 +97,7 @@ def test_learned_ranges_are_nearer_to_the_original(make, rounding):
 
 def test_ports_on_one_grid_stay_on_one_grid_and_the_runtime_agrees(tmp_path):
     task = conv_task()
-    model, _ = quantized(task, activation_bits=4, clipping="learned", iterations=30, calibration="mse")
+    model, _ = quantized(task, activation_bits=4, clipping="learned", iterations=10, calibration="mse")
     found = ports(model)
     pooled = next(name for name in found if "max_pool" in name)
     before = model.graph.find_nodes(op="call_module", target=pooled)[0].args[0].args[0]
