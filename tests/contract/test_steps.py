@@ -1,75 +1,23 @@
 """What every method promises, tested for each that is registered: a new file in methods/ from its first day."""
 
-import functools
 import inspect
-import itertools
 import re
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from small_tasks import conv_task, one_thread, transformer_task  # noqa: F401
+from small_tasks import conv_task, one_thread  # noqa: F401
+from step_samples import CASES, CPU, KINDS, NOTHING_IN, TASKS, allowed, done, sample, small_task, stronger
 from torch import nn
 from torch.nn.utils import parametrize
 
-from featherweight.core import registry
-from featherweight.core.context import Context, fingerprint, run_recipe, run_step
-from featherweight.core.encoding import Sparse
+from featherweight.core.context import Context, fingerprint, run_step
 from featherweight.core.errors import NoEffect, RecipeError
-from featherweight.core.outputs import as_arrays, first
+from featherweight.core.outputs import first
 from featherweight.core.recipe import Recipe
-from featherweight.core.record import StepRecord
-from featherweight.core.soft import encodings
 from featherweight.core.step import Between, OneOf, Step, Trait, knobs, step
-from featherweight.core.target import target
-from featherweight.core.task import Task
 from featherweight.model.skeleton import load, save
-
-registry.load("methods")
-KINDS = sorted(Step.kinds)
-TASKS = {"conv": conv_task, "transformer": transformer_task}
-NOTHING_IN = frozenset({("quantize.rotate", "conv")})  # a nonlinearity stands between all of its layers
-CASES = [(kind, name) for name in TASKS for kind in KINDS if (kind, name) not in NOTHING_IN]
-TARGETS = ("onnxruntime", "torch")
-TAKES_THE_REST = frozenset({"quantize.float16"})  # stores what other steps left: in a pair something must be left
-CPU = torch.device("cpu")
-
-
-def sample(kind: str, **settings) -> Step:
-    """A step of this kind that works on a small task.
-
-    It has its default settings, with one epoch where it trains; a method that cannot run with its defaults gives
-    others by a class method `sample()`, a mapping of settings.
-    """
-    cls = Step.kinds[kind]
-    given = cls.sample() if hasattr(cls, "sample") else {}
-    short = {"epochs": 1} if "epochs" in cls.model_fields else {}
-    return step(kind, **{**short, **given, **settings})
-
-
-def stronger(kind: str) -> Step:
-    """The sample once more, with every number that the search may vary half way to the end that compresses more."""
-    item, other = sample(kind), {}
-    for name, knob in knobs(Step.kinds[kind]).items():
-        value = getattr(item, name)
-        if isinstance(knob, Between) and isinstance(value, float) and name != "epochs":
-            other[name] = (value + (knob.low if name == "keep" else knob.high)) / 2
-    return sample(kind, **other)
-
-
-@functools.cache
-def done(kind: str, name: str, seed: int = 0) -> tuple[nn.Module, StepRecord, Task]:
-    """The sample of this kind, applied to a small task; the model must not be changed by tests."""
-    task = TASKS[name]()
-    model, record = run_step(sample(kind), task.fresh(), Context(task, seed=seed, device=CPU))
-    return model, record, task
-
-
-def small_task(*kinds: str) -> Task:
-    """The first of the small tasks in which all of these find something to do."""
-    return next(make() for name, make in TASKS.items() if all((kind, name) in CASES for kind in kinds))
 
 
 def weighted_layers(model: nn.Module) -> set[str]:
@@ -203,48 +151,3 @@ def test_it_saves_loads_and_goes_on(kind, name, tmp_path):
         kept = run_step(sample(other), load(tmp_path / "model", like=task.original), ctx)[0]
         save(kept, tmp_path / other)
         assert fingerprint(load(tmp_path / other, like=task.original)) == fingerprint(kept)
-
-
-# -- every step in sequence with every other ---------------------------------------------------------------------------
-def allowed(one: str, other: str) -> bool:
-    try:
-        Recipe([sample(one), stronger(other)]).check()
-    except RecipeError:
-        return False
-    return True
-
-
-PAIRS = [(one, other) for one, other in itertools.product(KINDS, repeat=2) if allowed(one, other)]
-
-
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=[f"{one}-{other}" for one, other in PAIRS])
-def test_every_pair_saves_exports_and_agrees(one, other, tmp_path):
-    task = small_task(one, other)
-    kept = {"skip": ["head"]} if other in TAKES_THE_REST and sample(one).forms() else {}
-    recipe = Recipe([sample(one, **kept), stronger(other) if one == other else sample(other)])
-    model, records = run_recipe(recipe, Context(task, device=CPU))
-    assert [record.step["kind"] for record in records] == [one, other]
-    save(model, tmp_path / "model")
-    model = load(tmp_path / "model", like=task.original)
-    allowed_forms = {form for item in recipe.steps for form in item.forms()}
-    integers = {each.form for each in encodings(model).values() if not isinstance(each, Sparse)}
-    assert integers <= allowed_forms and bool(integers) == bool(allowed_forms)
-    images = task.test.tensors[0][:100]
-    with torch.no_grad():
-        wanted = as_arrays(model(images))
-    for name in TARGETS:
-        runtime = target(name)
-        recipe.check(runtime)
-        artifact = runtime.export(model, task.example, tmp_path / name, recipe=recipe.dump())
-        assert integers <= set(artifact.manifest.stored.values())
-        got = artifact.open()(images)
-        assert got.shape == wanted.shape
-        # integer kernels may round a value on the edge between two steps the other way; floats agree to rounding
-        assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < (0.05 if integers else 1e-4)
-        assert (got.argmax(1) == wanted.argmax(1)).mean() >= (0.95 if integers else 1.0)
-
-
-def test_an_order_that_cannot_work_is_refused_before_anything_runs():
-    refused = set(itertools.product(KINDS, repeat=2)) - set(PAIRS)
-    assert {(one, other) for one, other in refused if not Step.kinds[one].takes & Step.kinds[other].needs} == set()
-    assert ("quantize.dynamic", "quantize.dynamic") in refused

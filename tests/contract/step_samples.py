@@ -1,0 +1,65 @@
+"""Samples of every step and small tasks for them: what the contract of steps is tested on."""
+
+import functools
+
+import torch
+from small_tasks import conv_task, transformer_task
+from torch import nn
+
+from featherweight.core import registry
+from featherweight.core.context import Context, run_step
+from featherweight.core.errors import RecipeError
+from featherweight.core.recipe import Recipe
+from featherweight.core.record import StepRecord
+from featherweight.core.step import Between, Step, knobs, step
+from featherweight.core.task import Task
+
+registry.load("methods")
+KINDS = sorted(Step.kinds)
+TASKS = {"conv": conv_task, "transformer": transformer_task}
+NOTHING_IN = frozenset({("quantize.rotate", "conv")})  # a nonlinearity stands between all of its layers
+CASES = [(kind, name) for name in TASKS for kind in KINDS if (kind, name) not in NOTHING_IN]
+CPU = torch.device("cpu")
+
+
+def sample(kind: str, **settings) -> Step:
+    """A step of this kind that works on a small task.
+
+    It has its default settings, with one epoch where it trains; a method that cannot run with its defaults gives
+    others by a class method `sample()`, a mapping of settings.
+    """
+    cls = Step.kinds[kind]
+    given = cls.sample() if hasattr(cls, "sample") else {}
+    short = {"epochs": 1} if "epochs" in cls.model_fields else {}
+    return step(kind, **{**short, **given, **settings})
+
+
+def stronger(kind: str) -> Step:
+    """The sample once more, with every number that the search may vary half way to the end that compresses more."""
+    item, other = sample(kind), {}
+    for name, knob in knobs(Step.kinds[kind]).items():
+        value = getattr(item, name)
+        if isinstance(knob, Between) and isinstance(value, float) and name != "epochs":
+            other[name] = (value + (knob.low if name == "keep" else knob.high)) / 2
+    return sample(kind, **other)
+
+
+@functools.cache
+def done(kind: str, name: str, seed: int = 0) -> tuple[nn.Module, StepRecord, Task]:
+    """The sample of this kind, applied to a small task; the model must not be changed by tests."""
+    task = TASKS[name]()
+    model, record = run_step(sample(kind), task.fresh(), Context(task, seed=seed, device=CPU))
+    return model, record, task
+
+
+def small_task(*kinds: str) -> Task:
+    """The first of the small tasks in which all of these find something to do."""
+    return next(make() for name, make in TASKS.items() if all((kind, name) in CASES for kind in kinds))
+
+
+def allowed(one: str, other: str) -> bool:
+    try:
+        Recipe([sample(one), stronger(other)]).check()
+    except RecipeError:
+        return False
+    return True
