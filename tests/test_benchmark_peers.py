@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import gptq, int8, page
+from benchmarks import gptq, int8, page, weights
 from benchmarks.compare import Terms, compare
 from benchmarks.contender import load, one_length
 from benchmarks.peers import NotInstalled, Peer, names, requirements, write_calibration
 from benchmarks.peers.calibration import inputs_in
-from benchmarks.record import CHOSEN, Figure, Ledger, Network, Row, Timing
+from benchmarks.record import CHOSEN, Figure, Network, Row, Timing
 from benchmarks.verdict import ORIGINAL, duels, verdict
 
 TASKS = str(Path(__file__).parent / "tiny_tasks.py")
@@ -169,7 +169,9 @@ def test_the_gptq_page_of_the_repository_is_that_of_its_ledger() -> None:
     assert (root / "docs" / "benchmarks-gptq.md").read_text(encoding="utf-8") == gptq.page(newest)
 
 
-def test_the_page_beside_the_peers_is_that_of_its_ledger() -> None:
+def test_the_page_of_weights_is_that_of_its_ledgers() -> None:
     root = Path(__file__).parent.parent
-    newest = Ledger.read(sorted((root / "benchmarks" / "ledger").glob("peers-*.json"))[-1])
-    assert (root / "docs" / "benchmarks-peers.md").read_text(encoding="utf-8") == page.page(newest)
+    folder = root / "benchmarks" / "ledger"
+    dates = sorted(path.stem[-10:] for path in folder.glob("weights-*.json"))
+    found = weights.page(weights.all_ledgers(folder, dates[-1]))
+    assert (root / "docs" / "benchmarks-weights.md").read_text(encoding="utf-8") == found
