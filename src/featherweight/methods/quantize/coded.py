@@ -65,7 +65,7 @@ class CodedQuantization(LayerStep, kind="quantize.coded"):
     needs: ClassVar[Trait] = Trait.EDITABLE
     takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
     makes: ClassVar[frozenset[str]] = frozenset({"scaled8"})
-    place: ClassVar[Place | None] = Place.ENCODE
+    place: ClassVar[Place | None] = None  # it pays behind an entropy coder alone, which most targets have not
     gains: ClassVar[frozenset[str]] = frozenset({"size"})
     paper: ClassVar[str] = "arXiv:1907.11900"
 
