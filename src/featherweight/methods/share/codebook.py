@@ -37,7 +37,7 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
     needs: ClassVar[Trait] = Trait.EDITABLE
     takes: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
     makes: ClassVar[frozenset[str]] = frozenset(f"codebook{bits}" for bits in range(1, 9))
-    place: ClassVar[Place | None] = None  # quantize.weights is as small at less loss: on request
+    place: ClassVar[Place | None] = None  # on request: for size alone the search has quantize.weights
     gains: ClassVar[frozenset[str]] = frozenset({"size"})
     paper: ClassVar[str] = "arXiv:1510.00149"
 
