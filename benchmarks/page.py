@@ -13,8 +13,9 @@ from .verdict import OURS, accuracy, duels, keeping, made, milliseconds, ours, s
 
 INTRODUCTION = """\
 This page is generated from a ledger by the command below; do not edit it. Every file was made from the same float32
-network and the same calibration data, and all of them were measured in one run: accuracy over the whole test split in
-ONNX Runtime; latency with all contenders interleaved in one process, one thread. Brackets are 95% intervals. *Faster*
+network and the same calibration data, and all files of one network were measured in one run (`--add` keeps networks of
+earlier ones): accuracy over the whole test split in ONNX Runtime; latency with all contenders interleaved in one
+process, one thread. Brackets are 95% intervals. *Faster*
 and *smaller* are against the float32 original in the same runtime; a figure below 1 means slower or larger."""
 
 

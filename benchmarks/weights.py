@@ -232,6 +232,8 @@ def start(given: argparse.Namespace, task: Task, command: str) -> Ledger:
         found = Ledger.model_validate_json(place(given).read_text(encoding="utf-8"))
         if found.seed != given.seed:
             raise SystemExit(f"{place(given)} has the seed {found.seed}; take another --date or --out for {given.seed}")
+        if command not in found.command.split("; "):
+            found.command += f"; {command}"
         return found
     versions = {name: version(name) for name in PACKAGES}
     try:

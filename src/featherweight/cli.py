@@ -387,8 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
-        message = _user_message(error)
-        if message is not None:
+        if (message := _user_message(error)) is not None:
             return _fail(message, 2, argv)
         return _fail(_unexpected(error, "--debug" in argv), 1, argv)
     if code == 130:
