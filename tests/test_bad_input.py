@@ -61,7 +61,7 @@ def test_a_bad_task(spec: str, words: str, tmp_path: Path, capfd: pytest.Capture
     [
         ("steps: [{kind: prune.telepathy}]", "there is no method 'prune.telepathy'; the methods are: "),
         ("steps: [{kind: quantize.static, colour: red}]", "quantize.static: there is no setting 'colour'"),
-        ("steps: [{kind: prune.magnitude, sparsity: 1.5}]", "prune.magnitude: sparsity=1.5: input should be less than"),
+        ("steps: [{kind: prune.weights, sparsity: 1.5}]", "prune.weights: sparsity=1.5: input should be less than"),
         ("steps: [{kind: prune.structured, keep: no}]", "prune.structured: keep=False"),
         (
             "steps: [{kind: quantize.static}, {kind: prune.structured}]",
@@ -87,7 +87,7 @@ def test_a_recipe_that_does_not_exist(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def test_a_step_that_would_change_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = recipe(tmp_path, "steps: [{kind: prune.magnitude, only: no-such-layer}]")
+    path = recipe(tmp_path, "steps: [{kind: prune.weights, only: no-such-layer}]")
     assert "changed nothing" in fails(capfd, "apply", path, f"{TASKS}:bars", "--out", str(tmp_path / "out"))
 
 

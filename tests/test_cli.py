@@ -96,12 +96,12 @@ def test_lists_hold_everything_that_is_registered(
 
 
 def test_methods_say_settings_ranges_and_papers(capfd: pytest.CaptureFixture[str]) -> None:
-    entry = next(entry for entry in answer(capfd, "methods")["methods"] if entry["name"] == "prune.magnitude")
+    entry = next(entry for entry in answer(capfd, "methods")["methods"] if entry["name"] == "prune.weights")
     sparsity = next(setting for setting in entry["settings"] if setting["name"] == "sparsity")
     assert sparsity["searched"] == "0.1 to 0.95" and "<" in sparsity["range"] and entry["paper"].startswith("arXiv:")
     main(["methods"])
     out = capfd.readouterr().out
-    assert "prune.magnitude" in out and "0.1 to 0.95" in out and entry["paper"] in out
+    assert "prune.weights" in out and "0.1 to 0.95" in out and entry["paper"] in out
 
 
 def test_tasks_are_named_as_the_command_line_takes_them(capfd: pytest.CaptureFixture[str]) -> None:

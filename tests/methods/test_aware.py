@@ -235,7 +235,7 @@ def test_biases_are_what_integer_kernels_add():
 
 def test_masks_hold():
     task = conv_task()
-    pruned, _ = run_step(step("prune.magnitude", sparsity=0.5), task.fresh(), Context(task, device=CPU))
+    pruned, _ = run_step(step("prune.weights", sparsity=0.5), task.fresh(), Context(task, device=CPU))
     model, _ = run_step(step("quantize.aware", epochs=1), pruned, Context(task, device=CPU))
     links = model.get_submodule("conv").parametrizations["weight"]
     assert isinstance(links[0], Mask)

@@ -121,7 +121,7 @@ def test_what_the_inner_step_refuses_is_refused_when_the_step_is_made(given: dic
 def test_a_layer_without_some_number_of_bits_chooses_among_the_others():
     task = transformer_task()
     context = Context(task, device=torch.device("cpu"))
-    pruned, _ = run_step(step("prune.magnitude", sparsity=0.5, only="wide"), task.fresh(), context)
+    pruned, _ = run_step(step("prune.weights", sparsity=0.5, only="wide"), task.fresh(), context)
     item = step("quantize.mixed", bits=(4, 1), method="rtn", group=8, limit=5.0, leave=False, inputs=64)
     model, record = run_step(item, pruned, context)
     assert {each.bits for each in encodings(model).values()} == {1, 4}, "a grid of 1 bit has no 0, others may have it"

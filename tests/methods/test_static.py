@@ -117,7 +117,7 @@ def test_weights_are_integers_per_channel_and_outputs_stay_close():
 
 def test_masks_survive_the_capture():
     task = _task()
-    model, _ = run_step(step("prune.magnitude", sparsity=0.5), task.fresh(), Context(task))
+    model, _ = run_step(step("prune.weights", sparsity=0.5), task.fresh(), Context(task))
     model, _ = run_step(step("quantize.static"), model, Context(task))
     zeros = float((encodings(model)["conv.weight"].decode() == 0).float().mean())
     assert zeros >= 0.5

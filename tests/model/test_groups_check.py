@@ -75,7 +75,7 @@ def test_one_wrong_group_does_not_stop_the_others():
 def test_a_model_that_cannot_be_traced_is_one_clear_line():
     model = Net(lambda s, x: s.a(x) if float(x.sum()) > 0 else -s.a(x), a=nn.Linear(6, 3))
     with pytest.raises(
-        TaskError, match=r"torch\.export cannot trace Net .*prune\.magnitude works without that"
+        TaskError, match=r"torch\.export cannot trace Net .*prune\.weights works without that"
     ) as caught:
         couple(model, {"x": torch.randn(X)})
     assert "\n" not in str(caught.value)

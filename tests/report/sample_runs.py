@@ -209,7 +209,7 @@ def steps() -> list[StepRecord]:
             parameters_after=112_394,
         ),
         StepRecord(
-            step={"kind": "prune.magnitude", "sparsity": 0.3},
+            step={"kind": "prune.weights", "sparsity": 0.3},
             changed={"linear": "30% zeros"},
             seconds=0.4,
             parameters_before=112_394,
@@ -241,7 +241,7 @@ def stages() -> list[Stage]:
             after="distill.logits", accuracy=87.81, bytes=497_000, latency_ms=0.871, parameters=112_394, macs=17_330_112
         ),
         Stage(
-            after="prune.magnitude",
+            after="prune.weights",
             accuracy=87.74,
             bytes=497_000,
             latency_ms=0.876,
@@ -280,7 +280,7 @@ def full() -> Run:
         layers=layers(),
         candidates=candidates(),
         warnings=[
-            "prune.magnitude bought nothing here: the target onnxruntime stores zeros as it stores any other value",
+            "prune.weights bought nothing here: the target onnxruntime stores zeros as it stores any other value",
             f"a warning with nasty characters: {NASTY}",
         ],
         evidence={

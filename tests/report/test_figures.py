@@ -157,7 +157,7 @@ def test_steps_that_bought_nothing_are_those_that_the_run_names() -> None:
     quiet = run.model_copy(update={"warnings": []})
     assert not any(line.nothing for line in stages.lines(quiet))
     twice = [
-        stage.model_copy(update={"after": "prune.magnitude"}) if place in (1, 3) else stage
+        stage.model_copy(update={"after": "prune.weights"}) if place in (1, 3) else stage
         for place, stage in enumerate(run.stages)
     ]
     assert [line.nothing for line in stages.lines(run.model_copy(update={"stages": twice}))] == [

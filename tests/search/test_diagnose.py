@@ -74,7 +74,7 @@ def test_the_damaged_layer_comes_first(seed: int, kind: str):
 
 
 @pytest.mark.parametrize("make", [conv_task, transformer_task])
-@pytest.mark.parametrize("kind", ["quantize.static", "quantize.dynamic", "prune.magnitude"])
+@pytest.mark.parametrize("kind", ["quantize.static", "quantize.dynamic", "prune.weights"])
 def test_one_layer_alone_is_the_method_on_that_layer(make: Any, kind: str):
     task = make()
     context = Context(task, device=torch.device("cpu"))
@@ -126,7 +126,7 @@ def test_a_method_that_reshapes_is_applied_layer_by_layer():
 
 def test_what_is_skipped_is_measured_and_needed():
     task = conv_task()
-    strong = Recipe([{"kind": "prune.magnitude", "sparsity": 0.95, "scope": "layer"}])
+    strong = Recipe([{"kind": "prune.weights", "sparsity": 0.95, "scope": "layer"}])
     found = diagnose(task, strong, limit=64, bar=5.0)
     assert found.drop is not None and found.drop > 5 and found.skip
     assert found.line == f"skip: [{', '.join(found.skip)}]"
@@ -156,7 +156,7 @@ class Fragile(nn.Module):
 
 def test_a_collapse_is_named_with_the_layer_where_it_starts():
     task = replace(transformer_task(), model=Fragile(0.0).eval())
-    found = diagnose(task, Recipe([{"kind": "prune.magnitude", "sparsity": 0.6, "min_keep": 0}]), limit=64)
+    found = diagnose(task, Recipe([{"kind": "prune.weights", "sparsity": 0.6, "min_keep": 0}]), limit=64)
     assert found.collapse is not None
     assert (found.collapse.how, found.collapse.layer) == ("the same output for every input", "middle")
 

@@ -63,7 +63,7 @@ class OneOf:
 class Step(BaseModel):
     """One compression method with its settings: a frozen value that turns a model into a model.
 
-    A method is a subclass in a file of its own: `class MagnitudePrune(Step, kind="prune.magnitude")`. Its docstring's
+    A method is a subclass in a file of its own: `class WeightPruning(Step, kind="prune.weights")`. Its docstring's
     first sentence says what it does to the model, `paper` where it comes from. `apply` may change and return the model
     it is given (a copy).
     """

@@ -119,7 +119,7 @@ def graph_of(model: nn.Module, example: Mapping[str, Tensor]) -> torch.export.Ex
         brief = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise TaskError(
             f"torch.export cannot trace {type(model).__name__} ({brief[:200]}), so its channels cannot be told apart; "
-            "prune.magnitude works without that"
+            "prune.weights works without that"
         ) from error
 
 

@@ -237,7 +237,7 @@ def test_a_rotation_needs_all_of_its_layers(settings):
 
 
 def test_masked_weights_are_refused_before_anything_runs():
-    recipe = fw.Recipe([{"kind": "prune.magnitude"}, {"kind": "quantize.rotate"}])
+    recipe = fw.Recipe([{"kind": "prune.weights"}, {"kind": "quantize.rotate"}])
     with pytest.raises(RecipeError, match=r"put quantize\.rotate before it"):
         recipe.check()
     fw.Recipe([{"kind": "quantize.rotate"}, {"kind": "quantize.weights"}]).check(target("onnxruntime"))

@@ -131,9 +131,9 @@ def test_training_moves_the_table_and_lowers_the_loss():
 
 def test_pruned_weights_stay_zero_through_sharing_and_training():
     task = conv_task()
-    recipe = Recipe([step("prune.magnitude", sparsity=0.6), step("share.codebook", bits=3, retrain=Training(epochs=1))])
+    recipe = Recipe([step("prune.weights", sparsity=0.6), step("share.codebook", bits=3, retrain=Training(epochs=1))])
     model, _ = run_recipe(recipe, Context(task, device=CPU))
-    pruned, _ = run_recipe(Recipe([step("prune.magnitude", sparsity=0.6)]), Context(task, device=CPU))
+    pruned, _ = run_recipe(Recipe([step("prune.weights", sparsity=0.6)]), Context(task, device=CPU))
     zero = sum(int((each.decode() == 0).sum()) for each in encodings(pruned).values())
     found = encodings(model)
     kept = sum(int((each.decode() == 0).sum()) for each in found.values())

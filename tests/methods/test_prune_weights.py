@@ -18,7 +18,7 @@ from featherweight.core.recipe import Recipe
 from featherweight.core.soft import Mask, chains, encodings, fold
 from featherweight.core.step import step
 from featherweight.core.task import Task
-from featherweight.methods.prune.magnitude import MagnitudePrune
+from featherweight.methods.prune.weights import WeightPruning
 
 
 def context(task: Task) -> Context:
@@ -26,7 +26,7 @@ def context(task: Task) -> Context:
 
 
 def masked(task: Task, **settings: Any) -> Any:
-    return run_step(MagnitudePrune(**settings), task.fresh(), context(task))
+    return run_step(WeightPruning(**settings), task.fresh(), context(task))
 
 
 def zeros(model: nn.Module) -> dict[str, float]:
@@ -80,13 +80,13 @@ def test_masks_hold_during_training_and_what_is_stored_is_sparse():
 
 def test_gradual_sparsity_rises_on_a_cubic_curve_and_ends_where_it_was_asked(monkeypatch: pytest.MonkeyPatch):
     seen: list[float] = []
-    tighten = MagnitudePrune._tighten
+    tighten = WeightPruning._tighten
 
-    def watched(self: MagnitudePrune, masks: Any, sparsity: float) -> None:
+    def watched(self: WeightPruning, masks: Any, sparsity: float) -> None:
         seen.append(sparsity)
         tighten(self, masks, sparsity)
 
-    monkeypatch.setattr(MagnitudePrune, "_tighten", watched)
+    monkeypatch.setattr(WeightPruning, "_tighten", watched)
     model, _ = masked(conv_task(), sparsity=0.8, retrain=Training(epochs=2))
     assert seen[0] == 0 and seen[-1] == 0.8 and seen == sorted(seen) and len(seen) > 5
     assert seen[1] < 0.8 < seen[1] * 8
@@ -97,7 +97,7 @@ def test_a_second_pass_tightens_the_same_masks():
     task = conv_task()
     once, _ = masked(task, sparsity=0.5)
     before = {name: mask.keep.clone() for name, _, _, (mask,) in chains(once)}
-    twice, record = run_step(MagnitudePrune(sparsity=0.8), once, context(task))
+    twice, record = run_step(WeightPruning(sparsity=0.8), once, context(task))
     for name, _, _, links in chains(twice):
         assert [type(link) for link in links] == [Mask]
         assert not (links[0].keep & ~before[name]).any(), "a connection came back"
@@ -109,7 +109,7 @@ def test_a_second_pass_that_asks_for_less_is_an_error():
     task = conv_task()
     once, _ = masked(task, sparsity=0.5)
     with pytest.raises(NoEffect, match="zero already"):
-        run_step(MagnitudePrune(sparsity=0.4), once, context(task))
+        run_step(WeightPruning(sparsity=0.4), once, context(task))
 
 
 def test_masks_that_hold_back_nothing_are_no_effect():
@@ -120,7 +120,7 @@ def test_masks_that_hold_back_nothing_are_no_effect():
 def test_a_layer_that_is_sparse_already_does_not_spare_the_others():
     task = conv_task()
     once, _ = masked(task, sparsity=0.9, scope="layer", only="head")
-    twice, record = run_step(MagnitudePrune(sparsity=0.5, scope="layer"), once, context(task))
+    twice, record = run_step(WeightPruning(sparsity=0.5, scope="layer"), once, context(task))
     shares = zeros(twice)
     assert shares.pop("head.weight") == pytest.approx(0.9, abs=0.01)
     assert shares and all(share == pytest.approx(0.5, abs=0.01) for share in shares.values())
@@ -131,15 +131,15 @@ def test_a_layer_that_is_sparse_already_does_not_spare_the_others():
 
 def test_after_structured_pruning():
     task = conv_task()
-    recipe = Recipe([{"kind": "prune.structured", "keep": 0.7}, {"kind": "prune.magnitude", "sparsity": 0.5}])
+    recipe = Recipe([{"kind": "prune.structured", "keep": 0.7}, {"kind": "prune.weights", "sparsity": 0.5}])
     model, records = run_recipe(recipe, context(task))
     assert total(model) == pytest.approx(0.5, abs=0.01)
     assert records[1].parameters_after < records[0].parameters_before
 
 
 def test_structured_pruning_after_it_is_refused():
-    with pytest.raises(RecipeError, match=r"prune\.structured.*prune\.magnitude"):
-        Recipe([{"kind": "prune.magnitude"}, {"kind": "prune.structured"}]).check()
+    with pytest.raises(RecipeError, match=r"prune\.structured.*prune\.weights"):
+        Recipe([{"kind": "prune.weights"}, {"kind": "prune.structured"}]).check()
 
 
 def test_what_it_does_not_cover_is_named():
@@ -180,5 +180,5 @@ def test_the_original_stays_plain():
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0}, {"sparsity": 1}, {"scope": "net"}, {"min_keep": -1}])
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]):
-    with pytest.raises(RecipeError, match=r"prune\.magnitude: " + next(iter(settings))):
-        step("prune.magnitude", **settings)
+    with pytest.raises(RecipeError, match=r"prune\.weights: " + next(iter(settings))):
+        step("prune.weights", **settings)

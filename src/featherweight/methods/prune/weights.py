@@ -23,7 +23,7 @@ UPDATES = 100  # how often masks change on the way
 Masks = dict[str, tuple[nn.Module, Mask]]
 
 
-class MagnitudePrune(LayerStep, kind="prune.magnitude"):
+class WeightPruning(LayerStep, kind="prune.weights"):
     """Set the weights of smallest magnitude of linear layers and convolutions to zero and hold them there.
 
     `sparsity` is the share of zeros among the weights of the chosen layers: over all of them together (`scope`
