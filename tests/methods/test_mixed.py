@@ -16,9 +16,9 @@ from small_tasks import conv_task, one_thread, transformer_task  # noqa: F401
 from featherweight.core.context import Context, run_step
 from featherweight.core.errors import RecipeError
 from featherweight.core.evaluate import torch_figure
+from featherweight.core.knapsack import choose
 from featherweight.core.soft import encodings
 from featherweight.core.step import step
-from featherweight.methods.quantize.knapsack import choose
 
 
 @given(seed=st.integers(0, 10_000), layers=st.integers(1, 4), budget=st.floats(0.2, 1.0))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from featherweight.core.knapsack import choose
+
 from .incoherent import Rotated
-from .knapsack import choose
 
 # Mean squared error of the trellis code on a unit Gaussian, window of 12 bits (benchmarks/gaussian.py).
 DISTORTION = {1: 0.26916, 2: 0.07053, 3: 0.01859, 4: 0.00488, 5: 0.00134, 6: 0.00040}

@@ -16,6 +16,7 @@ from featherweight.core.context import Context
 from featherweight.core.data import to_device
 from featherweight.core.errors import RecipeError
 from featherweight.core.evaluate import records, torch_run
+from featherweight.core.knapsack import STEPS, choose
 from featherweight.core.outputs import first
 from featherweight.core.record import LeftAlone, StepRecord
 from featherweight.core.soft import copied, encodings
@@ -24,7 +25,6 @@ from featherweight.core.task import Split
 from featherweight.model.parts import Replay, layer_outputs, parts, weights_before
 from featherweight.model.select import LayerStep
 
-from .knapsack import STEPS, choose
 from .static import StaticQuantization
 from .weights import WeightQuantization
 
