@@ -7,7 +7,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .blocks import Block, real_positions, walk
 from .data import to_device
-from .errors import NoEffect, NotFinite
+from .errors import NoEffect, NotFinite, TaskError
 from .files import tensor_digest
-from .fit import During, Groups, Schedule, Term, fit
+from .fit import After, During, Groups, Schedule, Term, fit
 from .outputs import first
 from .progress import Progress
 from .recipe import Recipe
@@ -29,6 +29,8 @@ from .soft import chains
 from .step import Step
 from .task import Split, Task
 
+Stopwatch = Callable[[Sequence[nn.Module]], list[float]]
+
 
 @dataclass
 class Context:
@@ -36,7 +38,7 @@ class Context:
     Nothing is global.
 
     `width_multiple` is what the target's kernels like the number of channels to be a multiple of; 1 if there is no
-    target.
+    target. `stopwatch` gives, for models, the seconds that each takes on the target: None if there is no target.
     """
 
     task: Task
@@ -44,6 +46,7 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     progress: Progress = field(default_factory=Progress)
     width_multiple: int = 1
+    stopwatch: Stopwatch | None = None
     record: StepRecord = field(default_factory=lambda: StepRecord(step={}))
 
     @cached_property
@@ -108,9 +111,19 @@ class Context:
         during: During | None = None,
         text: str = "training",
         groups: Groups | None = None,
+        after: After | None = None,
     ) -> float:
         """Train `model` in place; see `featherweight.core.fit.fit`."""
-        return fit(model, self, training, term, during, text, groups)
+        return fit(model, self, training, term, during, text, groups, after)
+
+    def seconds(self, models: Sequence[nn.Module]) -> list[float]:
+        """Seconds of one run of each of these models on the target, exported and measured there side by side.
+
+        Raises `TaskError` if there is no target to measure on.
+        """
+        if self.stopwatch is None:
+            raise TaskError("of=latency is measured on the target, and there is none here; give one, or use of=macs")
+        return self.stopwatch(models)
 
     def change(self, layer: str, how: str) -> None:
         """Record that the step changed `layer`, and how."""

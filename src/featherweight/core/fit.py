@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Term = Callable[[nn.Module, Any, Any, "Context"], Tensor]  # (model, batch, output, ctx) -> loss
 During = Callable[[nn.Module, float], None]  # (model, t in [0, 1]) -> None, called before every optimizer step
+After = Callable[[torch.optim.Optimizer, float], None]  # (optimizer, t in (0, 1]) -> None, after each of its steps
 Groups = Sequence[dict[str, Any]]  # as torch.optim takes them: {"params": [...], "lr": ..., "weight_decay": ...}
 
 
@@ -160,13 +161,14 @@ def fit(
     during: During | None = None,
     text: str = "training",
     groups: Groups | None = None,
+    after: After | None = None,
 ) -> float:
     """Train `model` in place on the task's training data; return the mean loss over the last epoch's worth of steps.
 
     A last batch of one input behind larger ones is left out, and said: batch norm cannot be trained on it, and one
     input would weigh as much as a whole batch. The order is drawn anew each epoch, so it is another input each time.
     `groups` gives some parameters a rate or a weight decay of their own; those in no group are trained as `training`
-    says.
+    says. `after` may change weights and what the optimizer remembers of them; gradients are still there.
     Raises `NotFinite` as soon as the loss is NaN or infinite, `TaskError` if there are no training data or nothing to
     train.
     """
@@ -200,6 +202,8 @@ def fit(
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
+            if after is not None:
+                after(optimizer, (done + 1) / total)
             schedule.step()
             losses.append(loss.detach())
         if during is not None:

@@ -1,0 +1,1 @@
+"""Sparse training and dropout: networks that are trained sparse, and units, weights and blocks left out on the way."""
