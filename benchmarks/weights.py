@@ -91,6 +91,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, default=list(BITS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--group", type=int, default=32)
+    parser.add_argument(
+        "--equal-bits",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also a trellis with as many bits as the groups of the others take",
+    )
     parser.add_argument("--epochs", type=float, default=2.0, help="of training what is left; 0 leaves it out")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -116,7 +122,7 @@ def contenders(given: argparse.Namespace) -> Iterator[Row]:
             if given.epochs and bits < 8:
                 yield Row(name="gptq, trained", bits=bits, steps=[best, heal])
         if "trellis" in given.methods:
-            for mean in TRELLIS.get(bits, ()):
+            for mean in TRELLIS.get(bits, ())[: 2 if given.equal_bits else 1]:
                 coded = {"kind": "quantize.trellis", "bits": mean}
                 yield Row(name=f"trellis {mean:g}", bits=bits, steps=[coded])
                 if given.epochs and mean == TRELLIS[bits][-1]:

@@ -18,7 +18,7 @@ from featherweight.core.scaled import Scaled, powers
 from featherweight.core.soft import encodings
 from featherweight.core.step import step
 from featherweight.core.task import Split
-from featherweight.methods.quantize.gptq import activation_order, factors, loss
+from featherweight.methods.quantize.gptq import sorted_order, factors, loss
 from featherweight.methods.quantize.ratedistortion import code_lengths, exponents, on_grid, rounded
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def correlated(columns: int) -> tuple[Tensor, Tensor]:
 
 def test_feedback_loses_less_than_rounding_to_nearest() -> None:
     weight, hessian = correlated(100)
-    order = activation_order(hessian)
+    order = sorted_order(hessian)
     found = factors(hessian[order][:, order])
     assert found is not None
     rows, columns = torch.full((30,), 0.5), torch.ones(100)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from featherweight.methods.quantize.awq import search_scales
 from featherweight.methods.quantize.gptq import (
-    activation_order,
     best_of,
     damped,
     factors,
@@ -19,6 +18,7 @@ from featherweight.methods.quantize.gptq import (
     loss,
     refitted,
     sloped,
+    sorted_order,
 )
 from featherweight.methods.quantize.grids import (
     LEAST,
@@ -201,18 +201,52 @@ def reference_gptq(weight, grid, hessian, order):
 def test_gptq_is_optimal_brain_quantization_in_order(seed, kind, act_order):
     weight, hessian = matrix(seed), damped(moment(seed), 0.01)
     grid = MAKERS[kind](weight, 4)
-    order = activation_order(hessian) if act_order else torch.arange(8)
+    order = sorted_order(hessian) if act_order else torch.arange(8)
     found = gptq(weight, grid, hessian, order)
     assert found is not None
     assert torch.equal(found[0], reference_gptq(weight, grid, hessian, order))
+
+
+@given(seed=SEEDS, steps=st.integers(0, 8))
+@settings(max_examples=40, deadline=None)
+def test_the_sorted_order_takes_the_least_conditional_variance_from_its_end(seed, steps):
+    hessian = damped(moment(seed), 0.01).double()
+    last: list[int] = []
+    for step in range(8):
+        known = hessian[last][:, last]
+        rest = [
+            float(hessian[at, at] - hessian[at, last] @ torch.linalg.solve(known, hessian[last, at])) for at in range(8)
+        ]
+        if step < steps:
+            last.append(min((at for at in range(8) if at not in last), key=lambda at: rest[at]))
+        else:
+            break
+    others = sorted((at for at in range(8) if at not in last), key=lambda at: -rest[at])
+    if len(last) == 8:
+        others = []
+    assert sorted_order(hessian, steps).tolist() == [*others, *reversed(last)]
+
+
+def test_few_inputs_are_rounded_better_in_sorted_order():
+    """20 rows of inputs for 64 columns."""
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(20, 64), torch.randn(32, 64)
+    hessian = damped(inputs.t() @ inputs / 20, 0.01)
+    grid = affine_by_range(weight, 32, 4)
+    lost = []
+    for steps in (0, 64):
+        found = gptq(weight, grid, hessian, sorted_order(hessian, steps))
+        assert found is not None
+        lost.append(loss(weight, grid.points(found[0].float()), hessian))
+    assert lost[1] < 0.97 * lost[0]
 
 
 def test_blocks_of_columns_change_nothing():
     """150 columns are three blocks."""
     weight, hessian = matrix(1, 4, 150), damped(moment(1, 150, 400), 0.01)
     grid = affine_by_range(weight, 50, 3)
-    found = gptq(weight, grid, hessian, activation_order(hessian))
-    assert found is not None and torch.equal(found[0], reference_gptq(weight, grid, hessian, activation_order(hessian)))
+    found = gptq(weight, grid, hessian, sorted_order(hessian))
+    assert found is not None and torch.equal(found[0], reference_gptq(weight, grid, hessian, sorted_order(hessian)))
 
 
 def test_the_loss_is_the_sum_that_the_factors_promise():
@@ -243,7 +277,7 @@ def test_all_beginnings_kept_find_the_best_rounding_there_is():
 @settings(max_examples=25, deadline=None)
 def test_one_beginning_is_plain_gptq_and_refitting_never_loses(seed, kind):
     weight, hessian = matrix(seed), damped(moment(seed), 0.05)
-    grid, order = MAKERS[kind](weight, 4).stored(), activation_order(hessian)
+    grid, order = MAKERS[kind](weight, 4).stored(), sorted_order(hessian)
     unit, cost = factors(hessian[order][:, order])
     plain, left = in_order(weight, grid, unit, order)
     assert torch.equal(best_of(weight, grid, unit, cost, order, 1), plain)
@@ -272,7 +306,7 @@ def test_beginnings_of_a_pruned_row_lose_no_more_than_one_and_keep_the_zeros():
     for seed in range(5):
         weight, hessian = matrix(seed, 6, 16), damped(moment(seed, 16), 0.01)
         keep = matrix(seed + 1, 6, 16) > 0
-        grid, order = affine_by_range(weight * keep, 8, 3), activation_order(hessian)
+        grid, order = affine_by_range(weight * keep, 8, 3), sorted_order(hessian)
         unit, cost = factors(hessian[order][:, order])
         one, _ = in_order(weight * keep, grid, unit, order, keep)
         assert torch.equal(best_of(weight * keep, grid, unit, cost, order, 1, keep), one)

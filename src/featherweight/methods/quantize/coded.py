@@ -27,7 +27,7 @@ from featherweight.model.select import LayerStep
 
 from .correct import correct_biases
 from .fisher import loss_hessians
-from .gptq import activation_order, damped, factors
+from .gptq import damped, factors, sorted_order
 from .placement import weight_name
 from .ratedistortion import exponents, on_grid, rounded, shared
 
@@ -270,7 +270,7 @@ class _Work:
 
 def _decomposed(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """U and d of the Hessian, more damped where it is not positive definite; see `_Work._factors`."""
-    order = activation_order(hessian)
+    order = sorted_order(hessian)
     for share in (damping, 10 * damping, 1.0):
         found = factors(damped(hessian, share)[order][:, order])
         if found is not None:

@@ -21,7 +21,7 @@ from featherweight.model.select import LayerStep
 
 from .awq import search_scales
 from .folding import producer, rescale
-from .gptq import activation_order, factors, gptq
+from .gptq import factors, gptq, sorted_order
 from .grids import (
     NF4,
     Grid,
@@ -36,6 +36,7 @@ from .hold import hold
 from .hqq import half_quadratic
 
 ONLY_GPTQ = ("act_order", "damping", "beam", "refine", "compensate", "scaling")
+SORTED = 512  # columns at the end of the order that are sorted where inputs are few
 Bits = Literal[8, 6, 5, 4, 3, 2, 1, "ternary"]
 
 
@@ -46,12 +47,12 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     lets later columns make up for earlier ones, by second moments of the inputs; `awq` scales inputs up that carry
     much before it rounds. `group` neighbours share a float16 scale (None: a whole row). `symmetric` stores no zero
     points; with 2 bits and 1 its grid has half steps. `clipping` searches the scales of least (weighted) error.
-    With GPTQ `act_order` rounds large inputs first, `damping` is the share of the mean diagonal added to the Hessian,
-    `beam` beginnings of each row are kept (None: 8, or 1 for matrices of over a million weights), `refine` times scales
-    are fitted to the integers (which are rounded anew in between), `scaling` scales inputs as AWQ does before, and
-    `compensate` measures the error from where the original network was. The blocks of a model are gone through one
-    after the other, each with inputs from the rounded ones before it. `embeddings` are stored too, rounded to nearest
-    (or `hqq`). `layer_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
+    With GPTQ `act_order` rounds large inputs first (by sorted QR, if calibration saw fewer rows than columns),
+    `damping` is the share of the mean diagonal added to the Hessian, `beam` beginnings of each row are kept (None: 8,
+    or 1 for matrices of over a million weights), `refine` times scales are fitted to the integers (which are rounded
+    anew in between), `scaling` scales inputs as AWQ does before, and `compensate` measures the error from where the
+    original network was. The blocks of a model are gone through one after the other, each with inputs from the rounded
+    ones before it. `embeddings` are stored too, rounded to nearest (or `hqq`). `layer_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
     Raises `RecipeError` if `group` divides no chosen layer, `NotFinite` if calibration meets NaN.
     """
 
@@ -259,6 +260,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
 
     def _gptq(self, weight: Tensor, matrix: Matrix, moments: Moments, ctx: Context) -> tuple[Tensor, Grid]:
         """Integers and grid by GPTQ, one part of a grouped convolution after the other."""
+        sorted_columns = SORTED if moments.rows < matrix.columns else 0
         if moments.note:
             ctx.warn(f"{matrix.name}: drift is not made up for: {moments.note}")
         if moments.drift is not None:
@@ -273,7 +275,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         for place, hessian in enumerate(hessians):
             cut = slice(place * size, (place + 1) * size)
             keep = None if matrix.keep is None else matrix.keep[cut]
-            parts.append(self._solve(weight[cut], matrix, hessian, keep, ctx))
+            parts.append(self._solve(weight[cut], matrix, hessian, keep, sorted_columns, ctx))
         integers = torch.cat([found for found, _ in parts])
         grids = [grid for _, grid in parts]
         zero = grids[0].zero if grids[0].zero.dim() == 0 else torch.cat([grid.zero for grid in grids])
@@ -281,14 +283,14 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         return integers, replace(grids[0], scale=scale, zero=zero)
 
     def _solve(
-        self, weight: Tensor, matrix: Matrix, hessian: Tensor, keep: Tensor | None, ctx: Context
+        self, weight: Tensor, matrix: Matrix, hessian: Tensor, keep: Tensor | None, sorted_columns: int, ctx: Context
     ) -> tuple[Tensor, Grid]:
         """GPTQ of one matrix, with more damping where the Hessian is not positive definite, and to nearest at last."""
         base, added = float(hessian.diagonal().mean()), 0.0
-        order = activation_order(hessian) if self.act_order else torch.arange(len(hessian))
         for damping in (self.damping, 10 * self.damping, max(1.0, self.damping)):
             hessian.diagonal().add_((damping - added) * base)  # in place: a large one is held only once
             added = damping
+            order = sorted_order(hessian, sorted_columns) if self.act_order else torch.arange(len(hessian))
             known = factors(hessian[order][:, order])
             if known is None:
                 continue
