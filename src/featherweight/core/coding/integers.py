@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from . import raw
 from .contexts import Sums, bands, passes
-from .tables import CLASSES, LARGEST, LEVELS, POINT, TOTAL, Ints, bounds, frequencies, level, prior
+from .tables import CLASSES, LARGEST, LEVELS, POINT, TOTAL, Ints, bounds, class_of, frequencies, level, prior
 
 Model = Any  # constriction's Categorical, of which it says no type
 Move = Callable[[NDArray[np.int32], NDArray[np.int32], Ints, list[Model]], NDArray[np.int32]]
 USUAL = 0.99  # of the entries are to have few bits beside those that are coded
+SHORT = 64  # entries of a vector that are too few to learn from
 GAIN = TOTAL  # what one coded entry adds to its place in a table
 
 
@@ -145,10 +146,16 @@ def _lengthen(high: Ints, settings: Settings, data: bytes) -> None:
 
 
 def _code(symbols: NDArray[np.int32], settings: Settings, move: Move) -> None:
-    """Go through all entries: `move` writes those at some places, sorted by class, or reads them; it gives them."""
-    columns = symbols.shape[1]
+    """Go through all entries: `move` writes those at some places, sorted by class, or reads them; it gives them.
+
+    The entries of a short vector are all of the class that the settings say.
+    """
+    columns, tables = symbols.shape[1], _Tables(settings)
+    if symbols.size <= SHORT and 1 in symbols.shape:
+        used = class_of(level(np.array([_mean(settings)], np.int64)))
+        move(symbols.reshape(-1), np.arange(symbols.size, dtype=np.int32), np.array([symbols.size]), tables.models(used))
+        return
     sums = Sums(_mean(settings), np.zeros(columns, np.int64), np.zeros(columns, np.int64))
-    tables = _Tables(settings)
     for band in bands(*symbols.shape):
         part = symbols[band]
         flat = part.reshape(-1)
