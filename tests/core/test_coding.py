@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from featherweight.core.coding import integers, raw, tables
+from featherweight.core.coding import integers, raw, tables, text
 from featherweight.core.coding.arrays import (
     LAYOUTS,
     Coded,
@@ -147,3 +150,25 @@ def test_any_bytes_give_an_array_or_a_value_error(data: bytes, numbers: tuple[in
     except ValueError:
         return
     assert found.shape == (5, 7)
+
+
+@given(st.binary(max_size=3000), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_text_comes_back_whole_and_nothing_else_does(data: bytes, repeats: int) -> None:
+    given = data * (1 + repeats)
+    packed = text.pack(given)
+    assert text.unpack(packed, len(given)) == given
+    for wrong in (packed[1:], b"\x07" + packed[1:], packed[:-1] + bytes([packed[-1] ^ 1])):
+        with contextlib.suppress(ValueError):  # and nothing else
+            text.unpack(wrong, len(given))
+    for size in (len(given) - 1, len(given) + 1):
+        with pytest.raises(ValueError, match="another length"):
+            text.unpack(packed, size)
+
+
+def test_the_words_of_headers_never_change() -> None:
+    """A file that was packed with them can only be read with them."""
+    digest = "36f98b87ef68cec825524eb641eb0a1df9f4ba5b0a27c06ad6e7f7c1f583d844"
+    assert hashlib.sha256(text.words()).hexdigest() == digest
+    usual = text.words()[-600:]
+    assert len(text.pack(usual)) < 30 < len(zlib.compress(usual, 9))

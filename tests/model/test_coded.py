@@ -93,7 +93,7 @@ def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path, dtype: torch.
 def test_a_file_that_is_cut_short_names_the_tensor(packed: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.fwc"
     path.write_bytes(packed[:-1])
-    with pytest.raises(ArtifactError, match=r"cut short: the tensor '6.parametrizations.weight.0.scale' is not whole"):
+    with pytest.raises(ArtifactError, match=r"cut short: the tensor '6.parametrizations.weight.0.table' is not whole"):
         fw.unpack(path, tmp_path / "out")
     path.write_bytes(packed + b"x")
     with pytest.raises(ArtifactError, match="1 bytes follow the last tensor"):
@@ -107,13 +107,14 @@ def test_an_altered_tensor_is_named(packed: bytes, tmp_path: Path) -> None:
     reader = Reader(path)
     names, place = list(reader.page.own()), reader.start
     for name, record in zip(names, reader.header.records):
-        for at in (place, place + 8 + record.length - 1):
+        for at in (place, place + record.room - 1) if record.room else ():
             data = bytearray(packed)
             data[at] ^= 64
             path.write_bytes(bytes(data))
             with pytest.raises(ArtifactError, match=rf"the tensor '{name}' was altered"):
                 dict(Reader(path).tensors())
-        place += 8 + record.length
+        place += record.room
+    assert place == len(packed)
 
 
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -189,9 +190,9 @@ def with_header(packed: bytes, reader: Reader, change: str) -> bytes:
     """The file with its header changed, and its digest made right."""
     import hashlib
     import json
-    import lzma
 
-    from featherweight.model.coded import FILTERS, LENGTHS, MAGIC
+    from featherweight.core.coding.text import pack
+    from featherweight.model.coded import DIGEST, LENGTHS, MAGIC
 
     content = reader.header.model_dump(mode="json")
     entry, record = content["page"]["tensors"]["0.weight"], content["records"][0]
@@ -202,17 +203,26 @@ def with_header(packed: bytes, reader: Reader, change: str) -> bytes:
     elif change == "type":
         entry["dtype"] = "nn"
     elif change == "settings":
-        record["settings"] = [2**70] * len(record["settings"])
+        record[2] = [2**70] * len(record[2])
     elif change == "method":
-        record["method"] = "pickle"
+        record[0] = "pickle"
     elif change == "length":
-        record["length"] = 2**40
+        record[1] = 2**40
     else:
         content["records"].pop()
     text = json.dumps(content).encode()
-    data = lzma.compress(text, lzma.FORMAT_RAW, filters=FILTERS)
-    head = MAGIC + LENGTHS.pack(len(data), len(text)) + hashlib.sha256(data).digest()[:16]
+    data = pack(text)
+    head = MAGIC + LENGTHS.pack(len(data), len(text)) + hashlib.sha256(data).digest()[:DIGEST]
     return head + data + packed[reader.start :]
+
+
+def test_a_tensor_that_takes_no_bytes_is_held_by_the_digest_of_the_header(tmp_path: Path) -> None:
+    module = nn.Module()
+    module.register_buffer("held", torch.full((3, 5), 7))
+    path = fw.pack(module, tmp_path / "file")
+    reader = Reader(path)
+    assert reader.header.records[0].room == 0 and path.stat().st_size == reader.start
+    assert torch.equal(dict(reader.tensors())["held"], module.held)
 
 
 def test_every_encoding_is_known_in_a_process_that_only_loads() -> None:

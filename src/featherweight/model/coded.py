@@ -1,8 +1,8 @@
 """The coded checkpoint: one file that holds a model near its entropy, and from which alone it can be rebuilt.
 
-    magic (8 bytes) | length of the header, packed and plain (4 bytes each) | digest of the packed header (16)
-    header: the skeleton, and for each tensor method, settings and length, as JSON, packed by LZMA
-    for each tensor: digest of what it decodes to (8), and its bytes
+    magic (8 bytes) | length of the header, packed and plain (4 bytes each) | digest of the packed header (8)
+    header: the skeleton, and for each tensor method, length and settings, as JSON, packed (see `core.coding.text`)
+    for each tensor that takes bytes beside the header: digest of what it decodes to (8), and its bytes
 
 Numbers are little-endian. Sizes are checked against the length of the file before anything is made room for.
 """
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from ..core.coding import arrays
+from ..core.coding import arrays, text
 from ..core.coding.arrays import LAYOUTS, Coded
 from ..core.errors import ArtifactError, OutputError
 from ..core.files import tensor_digest as file_digest
@@ -34,21 +33,24 @@ from .skeleton import Page
 
 MAGIC = b"\x89FWC\r\n\x1a\n"
 LENGTHS = struct.Struct("<II")
-HEADER_DIGEST, DIGEST = 16, 8
+DIGEST = 8
 HEADER_LIMIT = 2**26
 ROOM, RATIO = 2**24, 2048  # bytes of tensors that any file may ask for, and for each byte of the file
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 2**20}]
 INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Record(BaseModel):
-    """How one tensor lies in the file: method and settings of the coder, and the length of its bytes."""
+class Record(NamedTuple):
+    """How one tensor lies in the file: method of the coder, the length of its bytes, settings of the coder."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     method: str
-    settings: list[int]
     length: int
+    settings: tuple[int, ...]
+
+    @property
+    def room(self) -> int:
+        """The bytes that the tensor takes behind the header; one that takes none is held by the header's digest."""
+        return self.length and DIGEST + self.length
 
 
 class Header(BaseModel):
@@ -68,18 +70,24 @@ def write(path: Path, page: Page, tensors: dict[str, Tensor], notes: dict[str, A
     """
     names = list(page.own())
     coded = [code(tensors[name]) for name in names]
-    records = [Record(method=each.method, settings=list(each.settings), length=len(each.data)) for each in coded]
-    blank = {name: entry.model_copy(update={"digest": ""}) for name, entry in page.tensors.items()}
-    header = Header(page=page.model_copy(update={"tensors": blank}), records=records, notes=notes or {})
-    text = json.dumps(header.model_dump(mode="json", exclude_defaults=True), separators=(",", ":"), allow_nan=False)
-    packed = lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=FILTERS)
+    header = header_text(page, coded, notes or {})
+    packed = text.pack(header)
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        file.write(MAGIC + LENGTHS.pack(len(packed), len(text.encode())) + _digest(packed, HEADER_DIGEST) + packed)
+        file.write(MAGIC + LENGTHS.pack(len(packed), len(header)) + _digest(packed) + packed)
         for name, each in zip(names, coded):
-            file.write(tensor_digest(tensors[name]) + each.data)
+            file.write(tensor_digest(tensors[name]) + each.data if each.data else b"")
         file.flush()
         if sum(map(_bytes, tensors.values())) > ROOM + RATIO * temporary.stat().st_size:
             raise OutputError(f"cannot write {path}: its tensors repeat so much that no reader would take it")
+
+
+def header_text(page: Page, coded: list[Coded], notes: dict[str, Any]) -> bytes:
+    """What the header says, as JSON; digests by which a saved folder is checked are left out."""
+    records = [Record(each.method, len(each.data), each.settings) for each in coded]
+    blank = {name: entry.model_copy(update={"digest": ""}) for name, entry in page.tensors.items()}
+    header = Header(page=page.model_copy(update={"tensors": blank}), records=records, notes=notes)
+    content = header.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def code(tensor: Tensor) -> Coded:
@@ -95,7 +103,7 @@ def code(tensor: Tensor) -> Coded:
 
 
 def tensor_digest(tensor: Tensor) -> bytes:
-    return _digest(_raw(tensor), DIGEST)
+    return _digest(_raw(tensor))
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -120,12 +128,12 @@ class Reader:
         with self.path.open("rb") as file:
             file.seek(self.start)
             for (name, entry), record in zip(self.page.own().items(), self.header.records):
-                digest, data = file.read(DIGEST), file.read(record.length)
+                digest, data = file.read(record.room - record.length), file.read(record.length)
                 try:
-                    found = decode(Coded(record.method, tuple(record.settings), data), entry.shape, entry.dtype)
+                    found = decode(Coded(record.method, record.settings, data), entry.shape, entry.dtype)
                 except ValueError as error:
                     raise self._altered(name, str(error)) from error
-                if tensor_digest(found) != digest:
+                if data and tensor_digest(found) != digest:
                     raise self._altered(name, "its digest differs")
                 yield name, found
 
@@ -135,31 +143,28 @@ class Reader:
         )
 
     def _read_header(self, file: BinaryIO) -> tuple[Header, int]:
-        fixed = file.read(len(MAGIC) + LENGTHS.size + HEADER_DIGEST)
+        fixed = file.read(len(MAGIC) + LENGTHS.size + DIGEST)
         if fixed[: len(MAGIC)] != MAGIC:
             raise ArtifactError(f"{self.path} is no coded checkpoint of featherweight")
-        if len(fixed) < len(MAGIC) + LENGTHS.size + HEADER_DIGEST:
+        if len(fixed) < len(MAGIC) + LENGTHS.size + DIGEST:
             raise ArtifactError(f"{self.path} is cut short within its header; pack it again")
-        packed, plain = LENGTHS.unpack(fixed[len(MAGIC) : -HEADER_DIGEST])
+        packed, plain = LENGTHS.unpack(fixed[len(MAGIC) : -DIGEST])
         size = self.path.stat().st_size
         if len(fixed) + packed > size:
             raise ArtifactError(f"{self.path} is cut short within its header; pack it again")
         if plain > min(HEADER_LIMIT, ROOM + RATIO * packed):
             raise ArtifactError(f"{self.path}: its header was altered (it says to be {plain} bytes); pack it again")
         data = file.read(packed)
-        if _digest(data, HEADER_DIGEST) != fixed[-HEADER_DIGEST:]:
+        if _digest(data) != fixed[-DIGEST:]:
             raise ArtifactError(f"{self.path}: its header was altered (its digest differs); pack it again")
         return self._parse(data, plain), len(fixed) + packed
 
     def _parse(self, data: bytes, plain: int) -> Header:
         try:
-            text = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(data, plain + 1)
-            if len(text) != plain:
-                raise ValueError("another length")
-            return Header.model_validate(json.loads(text))
+            return Header.model_validate(json.loads(text.unpack(data, plain)))
         except ValidationError as error:
             raise ArtifactError(f"{self.path}: its header is damaged: {one_line(error)}") from error
-        except (lzma.LZMAError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{self.path}: its header is damaged: {' '.join(str(error).split())}") from error
 
     def _check_sizes(self) -> None:
@@ -175,7 +180,7 @@ class Reader:
             room -= math.prod(entry.shape) * kind.itemsize
             if room < 0:
                 raise self._altered(name, "it asks for more memory than such a file can fill")
-            end += DIGEST + record.length
+            end += record.room
             if end > size:
                 raise ArtifactError(f"{self.path} is cut short: the tensor {name!r} is not whole; pack it again")
         if end != size:
@@ -245,5 +250,5 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _digest(data: bytes, size: int) -> bytes:
-    return hashlib.sha256(data).digest()[:size]
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:DIGEST]

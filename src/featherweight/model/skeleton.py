@@ -44,7 +44,7 @@ class Stored(BaseModel):
     model_config = ConfigDict(extra="forbid")
     shape: list[int]
     dtype: str
-    digest: str
+    digest: str = ""
     role: Literal["parameter", "buffer", "passing"]  # a passing buffer is not in the state_dict
     trained: bool = False
     tied: str = ""  # the name of the tensor that this one is
