@@ -91,12 +91,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, default=list(BITS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--group", type=int, default=32)
-    parser.add_argument(
-        "--equal-bits",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also a trellis with as many bits as the groups of the others take",
-    )
+    parser.add_argument("--window", type=int, help="bits of a trellis's window; 8 searches a large network in minutes")
     parser.add_argument("--epochs", type=float, default=2.0, help="of training what is left; 0 leaves it out")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -122,11 +117,13 @@ def contenders(given: argparse.Namespace) -> Iterator[Row]:
             if given.epochs and bits < 8:
                 yield Row(name="gptq, trained", bits=bits, steps=[best, heal])
         if "trellis" in given.methods:
-            for mean in TRELLIS.get(bits, ())[: 2 if given.equal_bits else 1]:
-                coded = {"kind": "quantize.trellis", "bits": mean}
-                yield Row(name=f"trellis {mean:g}", bits=bits, steps=[coded])
+            short = {"window": given.window} if given.window else {}
+            for mean in TRELLIS.get(bits, ()):
+                name = f"trellis {mean:g}" + (f", window of {given.window}" if short else "")
+                coded = {"kind": "quantize.trellis", "bits": mean, **short}
+                yield Row(name=name, bits=bits, steps=[coded])
                 if given.epochs and mean == TRELLIS[bits][-1]:
-                    yield Row(name=f"trellis {mean:g}, trained", bits=bits, steps=[coded, heal])
+                    yield Row(name=f"{name}, trained", bits=bits, steps=[coded, heal])
         if "peer" in given.methods and given.task == "zoo:stories260k":
             for method in ("rtn", "gptq"):
                 settings = {"method": method, "bits": bits, "group": given.group, "observer": "mse"}
