@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +53,7 @@ class Evolution:
             self._exchange(name, layer, mask, share, optimizer)
         self.gradients.clear()
 
-    def _note(self, name: str):  # type: ignore[no-untyped-def]
+    def _note(self, name: str) -> Callable[..., None]:
         def hook(_mask: nn.Module, _given: tuple[Tensor, ...], weight: Tensor) -> None:
             if self.due and self.generator is None and weight.requires_grad:
                 weight.register_hook(lambda gradient: self._add(name, gradient))

@@ -86,7 +86,7 @@ class SparseTraining(LayerStep, Training):
         generator = ctx.generator(f"{self.kind}: connections")
         found: dict[str, Mask] = {}
         for (name, layer), count in zip(chosen.items(), counts(shapes, spread(shapes, 1 - self.sparsity))):
-            weight: Tensor = layer.weight.detach()  # type: ignore[operator,assignment,union-attr]
+            weight: Tensor = layer.weight.detach()  # type: ignore[operator]
             scratch = self.start == "scratch"
             keep = random_mask(tuple(weight.shape), count, generator) if scratch else keep_largest(weight.abs(), count)
             found[name] = _set(layer, keep.to(weight.device))
