@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,34 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class Residual(nn.Module):
+    """Two convolutions with batch norm, added to what goes in where the widths agree."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.b = nn.Conv2d(out, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.relu(self.norm(self.a(x))))
+        return x + y if x.shape == y.shape else y
+
+
+class Deep(nn.Module):
+    """A row of four residual blocks, and one whose block changes the width: N x 1 x 8 x 8 to N x 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rows = nn.Conv2d(1, 8, 3, padding=1), nn.Sequential(*(Residual(8, 8) for _ in range(4)))
+        self.turned, self.head = nn.ModuleList([Residual(8, 12), nn.ReLU()]), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rows(torch.relu(self.stem(x)))
+        for layer in self.turned:
+            x = layer(x)
+        return self.head(x.mean((2, 3)))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """For the modules that import it: more threads only make networks as small as these slower."""
@@ -100,6 +129,12 @@ def conv_task() -> Task:
 
 def transformer_task() -> Task:
     return trained(Transformer)
+
+
+def blocks_task(labels: bool = True) -> Task:
+    """A network with rows of blocks; without `labels` there are none in the calibration split."""
+    task = trained(Deep)
+    return task if labels else replace(task, calibrate=[task.calibrate.tensors[0]])
 
 
 def accuracy(task: Task, model: nn.Module) -> float:

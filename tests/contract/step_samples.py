@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from small_tasks import conv_task, transformer_task
+from small_tasks import blocks_task, conv_task, transformer_task
 from torch import nn
 
 from featherweight.core import registry
@@ -16,9 +16,17 @@ from featherweight.core.task import Task
 
 registry.load("methods")
 KINDS = sorted(Step.kinds)
-TASKS = {"conv": conv_task, "transformer": transformer_task}
+TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
+ROWS = frozenset({"prune.blocks"})  # what needs rows of blocks: tried there, and only there
 NOTHING_IN = frozenset({("quantize.rotate", "conv")})  # a nonlinearity stands between all of its layers
-CASES = [(kind, name) for name in TASKS for kind in KINDS if (kind, name) not in NOTHING_IN]
+
+
+def works(kind: str, name: str) -> bool:
+    """Whether a step of this kind is tried on the task called so."""
+    return (name == "blocks") == (kind in ROWS) and (kind, name) not in NOTHING_IN
+
+
+CASES = [(kind, name) for name in TASKS for kind in KINDS if works(kind, name)]
 CPU = torch.device("cpu")
 
 
@@ -52,9 +60,13 @@ def done(kind: str, name: str, seed: int = 0) -> tuple[nn.Module, StepRecord, Ta
     return model, record, task
 
 
+def _finds_work(kind: str, name: str) -> bool:
+    return (kind, name) not in NOTHING_IN and (kind not in ROWS or name == "blocks")
+
+
 def small_task(*kinds: str) -> Task:
     """The first of the small tasks in which all of these find something to do."""
-    return next(make() for name, make in TASKS.items() if all((kind, name) in CASES for kind in kinds))
+    return next(make() for name, make in TASKS.items() if all(_finds_work(kind, name) for kind in kinds))
 
 
 def allowed(one: str, other: str) -> bool:

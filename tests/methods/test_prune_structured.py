@@ -16,7 +16,8 @@ from featherweight.core.errors import NoEffect, RecipeError, TaskError
 from featherweight.core.fit import Training
 from featherweight.core.step import step
 from featherweight.core.task import Task
-from featherweight.methods.prune.structured import StructuredPrune, recalibrate
+from featherweight.methods.prune.recalibrate import recalibrate
+from featherweight.methods.prune.structured import StructuredPrune
 
 CPU = torch.device("cpu")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .groups import Coupling, Indices
+from .macs import FORMULAS
 from .rules import Work
 
 
@@ -54,3 +58,11 @@ def macs(coupling: Coupling) -> Cost:
     was traced.
     """
     return Cost(coupling, coupling.works)
+
+
+@torch.no_grad()
+def forward_macs(model: nn.Module, example: Mapping[str, Tensor]) -> float:
+    """Multiply-accumulates of one run of `model` on `example`, counted while it runs."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        model(**example)
+    return counter.get_total_flops() / 2

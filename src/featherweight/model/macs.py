@@ -17,8 +17,6 @@ def multiply_accumulates(module: fx.GraphModule, example: dict[str, np.ndarray],
     layers. What is computed from weights alone does not count: it could be computed once. The first dimension of the
     inputs in `batched` is the batch.
     """
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    formulas = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, attention: _attention_flops}
     asked = _after_inputs(module.graph)
     total = 0
 
@@ -27,7 +25,7 @@ def multiply_accumulates(module: fx.GraphModule, example: dict[str, np.ndarray],
             nonlocal total
             if node not in asked:
                 return super().run_node(node)
-            with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
                 result = super().run_node(node)
             total += counter.get_total_flops()
             return result
@@ -58,3 +56,10 @@ def _recurrent_flops(
 def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *rest: Any, **named: Any) -> int:
     """Twice the multiply-accumulates of attention: queries times keys, and weights times values."""
     return 2 * math.prod(query_shape[:-1]) * key_shape[-2] * (query_shape[-1] + value_shape[-1])
+
+
+# what torch's own counter does not know
+FORMULAS = {
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}

@@ -22,6 +22,7 @@ from ...model.groups import Coupling, Cut, Group, Slot, couple, tensors
 from ...model.select import LayerStep, excluded, unused
 from .layers import layers, producers, widths
 from .plan import by_rank, by_share, limits
+from .recalibrate import recalibrate
 from .scores import l1, l2, relative, slices, taylor
 
 Scores = dict[int, Tensor]  # group -> one score per unit
@@ -200,34 +201,6 @@ def savings(price: Cost, everything: NDArray[np.int64], places: list[int]) -> li
         fewer[place] -= 1
         found.append(max((whole - price(fewer)) / whole, 1e-12))
     return found
-
-
-@torch.no_grad()
-def recalibrate(model: nn.Module, ctx: Context) -> None:
-    """Take the running statistics of every batch norm anew, as means over the calibration batches (of two inputs or
-    more).
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        return
-    before = [(norm.momentum, copy.deepcopy(dict(norm.named_buffers()))) for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    seen = 0
-    for batch in ctx.progress.track(ctx.batches("calibrate"), "recalibrating batch norms"):
-        if ctx.task.count(batch) > 1:
-            ctx.task.call(model, batch)
-            seen += 1
-    for norm, (momentum, buffers) in zip(norms, before):
-        norm.momentum = momentum
-        norm.eval()
-        if not seen:
-            norm.load_state_dict(buffers, strict=False)
-    if not seen:
-        ctx.warn("batch norms were not recalibrated: the calibration batches hold one input each")
 
 
 def loss_changes(model: nn.Module, ctx: Context, coupling: Coupling, groups: dict[int, Group]) -> Scores:

@@ -1,0 +1,194 @@
+"""Blocks of a network that give their input's form back: found, silenced, and taken out of the row that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.outputs import named_outputs, relative_difference
+from .cut import TOLERANCE, shell
+
+Example = Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class Rows:
+    """The blocks of a network that can be taken out, and for every other block of a row why it cannot.
+
+    A row is an `nn.Sequential` or `nn.ModuleList`, a block one of its children that holds modules of its own.
+    """
+
+    blocks: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What one run of the example showed of one block."""
+
+    calls: int = 0
+    reason: str = ""
+
+
+def find_blocks(model: nn.Module, example: Example) -> Rows:
+    """The blocks of `model` whose removal is the same as handing their first input on, checked on `example`.
+
+    A block inside another one is no candidate, but the blocks of a row within a row are. The model is not changed.
+    """
+    found, seen = Rows(), _watch(model, _children(model), example)
+    outer: list[str] = []
+    for name, what in seen.items():
+        inner = any(other.startswith(f"{name}.") and not seen[other].reason for other in seen)
+        if any(name.startswith(f"{other}.") for other in outer) or (_is_row(model.get_submodule(name)) and inner):
+            continue
+        outer.append(name)
+        if reason := what.reason or disagreement(model, [name], example):
+            found.left[name] = reason
+        else:
+            found.blocks.append(name)
+    return found
+
+
+def _is_row(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList)
+
+
+def _children(model: nn.Module) -> list[str]:
+    """Every child, with modules of its own, of every row of more than one, by full name; outer ones first."""
+    found = []
+    for prefix, row in model.named_modules():
+        if _is_row(row) and len(row._modules) > 1:
+            found += [
+                f"{prefix}.{name}" if prefix else name
+                for name, child in row.named_children()
+                if any(True for _ in child.children())
+            ]
+    return found
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, names: Iterable[str], example: Example) -> dict[str, _Seen]:
+    """Run the example and say of each block why it cannot be taken out, as far as its input and output show it."""
+    seen = {name: _Seen() for name in names}
+
+    def look(what: _Seen, given: Any, named: Any, out: Any) -> None:
+        what.calls += 1
+        before, after = _first(given, named), out[0] if isinstance(out, tuple | list) and out else out
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            what.reason = "it does not turn a tensor into a tensor"
+        elif before.shape != after.shape or before.dtype != after.dtype:
+            what.reason = f"it turns {tuple(before.shape)[1:]} into {tuple(after.shape)[1:]}"
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, given, named, out, what=what: look(what, given, named, out), with_kwargs=True
+        )
+        for name, what in seen.items()
+    ]
+    try:
+        _run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for what in seen.values():
+        if what.calls != 1:
+            what.reason = what.reason or f"it runs {what.calls} times in one pass"
+    return seen
+
+
+def _first(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    return given[0] if given else next(iter(named.values()), None)
+
+
+def _run(model: nn.Module, example: Example) -> Any:
+    return model(**{name: tensor.clone() for name, tensor in example.items()})
+
+
+@contextmanager
+def silenced(model: nn.Module, names: Iterable[str], known: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Within this block each of the named modules gives its first input back (with what else it gives, if it does).
+
+    `known` holds outputs of blocks by name (see `outputs_of`): those blocks are not computed, but give them again.
+    """
+    silent, known = set(names), known or {}
+    for name in silent | set(known):
+        module = model.get_submodule(name)
+        # in place of the method of the class, so that what is not needed is not computed either
+        module.forward = _stand_in(module, name in silent, known.get(name))
+    try:
+        yield
+    finally:
+        for name in silent | set(known):
+            del model.get_submodule(name).forward
+
+
+def _stand_in(module: nn.Module, silent: bool, known: Any) -> Callable[..., Any]:
+    whole = type(module).forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        out = known if known is not None else whole(module, *given, **named)
+        if not silent:
+            return out
+        before = _first(given, named)
+        return type(out)([before, *out[1:]]) if isinstance(out, tuple | list) else before
+
+    return forward
+
+
+@contextmanager
+def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """What the named blocks give while this block runs, in the order in which they compute."""
+    found: dict[str, Any] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _given, out, name=name: found.update({name: out}))
+        for name in names
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def remove_blocks(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """Take the named blocks out of the rows that hold them, in place; those behind them move up and are renumbered.
+
+    The model stays the user's own module and can be trained and saved.
+    """
+    gone = set(names)
+    for prefix, row in list(model.named_modules()):
+        if not _is_row(row):
+            continue
+        doomed = [place for place, name in enumerate(row._modules) if (f"{prefix}.{name}" if prefix else name) in gone]
+        for place in reversed(doomed):
+            del row[place]
+    return model
+
+
+def without(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy of `model` without the named blocks, which shares the tensors of all others."""
+    return remove_blocks(shell(model), names)
+
+
+@torch.no_grad()
+def disagreement(model: nn.Module, names: list[str], example: Example, tolerance: float = TOLERANCE) -> str:
+    """Why taking the named blocks out is not the same as silencing them, on `example`; empty if it is."""
+    with silenced(model, names):
+        want = named_outputs(_run(model, example))[1]
+    try:
+        got = named_outputs(_run(without(model, names).eval(), example))[1]
+    except Exception as error:  # the user's own code runs here, and may raise anything on a row that is shorter
+        brief = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return f"its removal breaks the model ({brief[:160]})"
+    for name, tensor in want.items():
+        if name not in got or got[name].shape != tensor.shape:
+            return f"its removal changes the shape of the output {name!r}"
+        off = relative_difference(tensor, got[name])
+        if not off <= tolerance:
+            return f"removing it is not the same as silencing it (outputs differ by {off:.1e})"
+    return ""
