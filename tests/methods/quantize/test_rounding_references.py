@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from featherweight.methods.quantize.grids import (
     centred_by_range,
     clipped,
     grouped_error,
+    rescaled,
     symmetric_by_range,
     table_by_range,
     ternary_by_range,
@@ -205,6 +207,26 @@ def test_gptq_is_optimal_brain_quantization_in_order(seed, kind, act_order):
     found = gptq(weight, grid, hessian, order)
     assert found is not None
     assert torch.equal(found[0], reference_gptq(weight, grid, hessian, order))
+
+
+@given(seed=SEEDS, kind=ANY_GRID, weighted=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_fitted_scales_are_of_least_squares_for_their_integers(seed, kind, weighted):
+    weight = matrix(seed)
+    importance = torch.rand(8, dtype=weight.dtype) + 0.1 if weighted else None
+    grid = replace(MAKERS[kind](weight, 4), half=False)
+    shares = torch.ones(8, dtype=weight.dtype) if importance is None else importance
+    found = rescaled(weight, grid, importance, rounds=1)
+    assert (grouped_error(weight, found, shares) <= grouped_error(weight, grid, shares)).all()
+    for row, group in itertools.product(range(len(weight)), range(2)):
+        cut = slice(4 * group, 4 * group + 4)
+        zero = grid.zeros()[row, group]
+        points = grid.unit(grid.round(weight[row, cut], grid.scale[row, group], zero), zero)
+        if found.scale[row, group] != grid.scale[row, group]:
+            least = torch.linalg.lstsq(
+                (shares[cut].sqrt() * points)[:, None], (shares[cut].sqrt() * weight[row, cut])[:, None]
+            ).solution
+            assert torch.allclose(found.scale[row, group], least[0, 0], rtol=1e-6)
 
 
 @given(seed=SEEDS, steps=st.integers(0, 8))

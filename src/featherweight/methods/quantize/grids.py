@@ -171,6 +171,28 @@ def _clipped(weight: Tensor, grid: Grid, importance: Tensor, candidates: int) ->
     return best
 
 
+def rescaled(weight: Tensor, grid: Grid, importance: Tensor | None = None, rounds: int = 3) -> Grid:
+    """The grid with the scales of least squared error, weighted by `importance` [columns], for the nearest integers.
+
+    Rounding and fitting take turns, `rounds` times; each group gets its best scale, so the error does not rise.
+    """
+    if importance is None:
+        importance = torch.ones(weight.shape[1], dtype=weight.dtype)
+    grouped, shares = _grouped(weight, grid.group), importance.reshape(1, -1, grid.group)
+    best, least, now = grid, grouped_error(weight, grid, importance), grid
+    for _ in range(rounds):
+        scale, zero = now.scale[..., None], now.zeros()[..., None]
+        points = now.unit(now.round(grouped, scale, zero), zero)
+        size = (shares * points.square()).sum(-1)
+        found = (shares * points * grouped).sum(-1) / size.clamp_min(TINY)
+        now = replace(grid, scale=torch.where(found * now.scale > 0, found, now.scale)).stored()
+        error = grouped_error(weight, now, importance)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = replace(grid, scale=torch.where(better, now.scale, best.scale))
+    return best
+
+
 def grouped_error(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     """The squared error of rounding to nearest, summed over groups with the weights `importance`: [rows, groups]."""
     grouped, scale, zero = _grouped(weight, grid.group), grid.scale[..., None], grid.zeros()[..., None]

@@ -28,6 +28,7 @@ from .grids import (
     affine_by_range,
     centred_by_range,
     clipped,
+    rescaled,
     symmetric_by_range,
     table_by_range,
     ternary_by_range,
@@ -52,7 +53,8 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
     or 1 for matrices of over a million weights), `refine` times scales are fitted to the integers (which are rounded
     anew in between), `scaling` scales inputs as AWQ does before, and `compensate` measures the error from where the
     original network was. The blocks of a model are gone through one after the other, each with inputs from the rounded
-    ones before it. `embeddings` are stored too, rounded to nearest (or `hqq`). `layer_bits` gives layers whose names match a glob other bits ({"*.v_proj": 4}).
+    ones before it. `embeddings` are stored too, rounded to nearest (or `hqq`). `layer_bits` gives layers whose names
+    match a glob other bits ({"*.v_proj": 4}).
     Raises `RecipeError` if `group` divides no chosen layer, `NotFinite` if calibration meets NaN.
     """
 
@@ -233,6 +235,8 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
         else:
             importance = moments.mean()[0].diagonal() if moments is not None and moments.mean().shape[0] == 1 else None
             grid = self._grid(weight, matrix, importance)
+            if self.clipping and self.method != "hqq" and grid.high - grid.low > 7:
+                grid = rescaled(weight, grid, importance)  # with fewer points the search went through all zero points
             found = grid.nearest(weight), grid
         bits = self.bits_of(matrix.name)
         hold(matrix, *found, 2 if bits == "ternary" else bits)
