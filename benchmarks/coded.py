@@ -1,19 +1,21 @@
-"""Size of the coded checkpoint at equal accuracy, beside nncodec: `python -m benchmarks.coded --out LEDGER.json`.
+"""Size of the coded checkpoint at equal accuracy, beside nncodec.
 
-Both code the same network at several settings. Of each, the smallest file is chosen whose drop on the validation split
-is within the limit, and only that one is measured on the test split. Neither is trained; ours sees calibration data.
-Seconds are those of the processor, one thread, for coding and decoding all tensors; ours without the rounding, which
-comes before.
+    python -m benchmarks.coded --date 2026-01-31 --peers FOLDER
+
+Writes the ledger after every contender, and the page docs/benchmarks-coded.md. A contender that is in the ledger of
+that date already is not run again, so a run that was killed goes on. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,152 +24,211 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.core.context import Context, run_step
-from featherweight.core.evaluate import torch_figure
+from featherweight.core.errors import RecipeError
+from featherweight.core.evaluate import records, torch_run
 from featherweight.core.files import write_text
 from featherweight.core.machine import describe
 from featherweight.core.step import step
-from featherweight.core.task import Task, find_task
+from featherweight.core.target import target
+from featherweight.core.task import Split, Task, find_task
 from featherweight.model import coded
 from featherweight.model.encoded import lean
 from featherweight.model.skeleton import skeleton
 
-from .peers import VARIABLE, NotInstalled, Peer, installed
-from .record import Record
+from .coded_page import PEER, Contender, Ledger, Network, Point, page
+from .peers import VARIABLE, NotInstalled, Peer
+from .record import Figure
 
-PEER = "nncodec"
-RATIOS = (16, 18, 20, 22, 24, 27)  # decibels
-PARAMETERS = (-16, -18, -20, -22, -24, -26, -28)  # nncodec's qp, from coarse to fine
-REPEATS = 3
-
-
-class Point(Record):
-    """One file: of whom, at what setting, how large, how fast, and what it loses (`test` only for the chosen one)."""
-
-    contender: str
-    setting: str
-    bytes: int
-    encode_seconds: float
-    decode_seconds: float
-    validate_drop: float
-    test: float | None = None
-    chosen: bool = False
+RATIOS = (14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 26, 28)  # decibels, ours
+PARAMETERS = (-14, -15, -16, -17, -18, -19, -20, -21, -22, -23, -24, -25, -26, -28)  # nncodec's qp, from coarse to fine
+RATES = (0.2, 0.1, 0.05)  # the price of a bit in training
+NETWORKS = ("zoo:cifar10-resnet20", "zoo:cifar10-resnet56", "zoo:stsb-minilm")
+PACKAGES = ("featherweight", "torch", "constriction")
+REPEATS = 5
+Run = Callable[[Any], Any]
+Made = tuple[str, int, float, float, float, Run]  # setting, bytes, seconds (before, coding, decoding), what it computes
 
 
-class Network(Record):
-    name: str
-    parameters: int
-    inputs: dict[str, int]
-    validation: float
-    test: float
-    points: list[Point]
-
-
-class Ledger(Record):
-    date: str
-    machine: str
-    versions: dict[str, dict[str, str]]
-    command: str
-    max_drop: float
-    networks: list[Network] = []
-
-
-def main(argv: list[str] | None = None) -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coded", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--networks", nargs="+", default=["zoo:cifar10-resnet20", "zoo:cifar10-resnet56", "zoo:stsb-minilm"]
-    )
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--max-drop", type=float, default=0.3)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="ours, decibels, from coarse to fine")
     parser.add_argument("--qp", type=int, nargs="+", default=PARAMETERS, help="nncodec's, from coarse to fine")
-    parser.add_argument("--peers", type=Path, default=os.environ.get(VARIABLE))
-    given = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    versions = {name: found for name, found in installed(given.peers).items() if name == PEER}
-    command = f"python -m benchmarks.coded --max-drop {given.max_drop:g} --networks {' '.join(given.networks)}"
-    date = datetime.date.today().isoformat()
-    ledger = Ledger(date=date, machine=describe(), versions=versions, command=command, max_drop=given.max_drop)
-    for spec in given.networks:
-        ledger.networks.append(network(spec, given.max_drop, given.ratios, given.qp, Peer(PEER, given.peers)))
-        write_text(given.out, ledger.model_dump_json(indent=1) + "\n")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of retraining, from coarse to fine")
+    parser.add_argument("--epochs", type=float, default=0.0, help="of retraining; 0 leaves it out")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--date", required=True, help="of this run, YYYY-MM-DD")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/ledger"), help="folder of the ledger")
+    parser.add_argument("--page", type=Path, default=Path("docs/benchmarks-coded.md"))
+    parser.add_argument("--peers", type=Path, default=os.environ.get(VARIABLE), help="folder of the environments")
+    return parser.parse_args(argv)
 
 
-def network(spec: str, max_drop: float, ratios: list[float], qp: list[int], peer: Peer) -> Network:
-    """Everything about one network."""
-    task = find_task(spec)
-    parameters = sum(parameter.numel() for parameter in task.original.parameters())
-    inputs = {split: sum(task.count(batch) for batch in task.batches(split)) for split in ("validate", "test")}
-    validate, test = (torch_figure(task, None, split) for split in ("validate", "test"))
-    points = _swept(task, ((f"{snr:g} dB", *_ours(task, snr)) for snr in ratios), "featherweight", validate, max_drop)
-    try:
-        points += _swept(task, _theirs(task, qp, peer), PEER, validate, max_drop)
-    except NotInstalled as error:
-        print(f"{PEER}: {error}", flush=True)
-    return Network(name=task.name, parameters=parameters, inputs=inputs, validation=validate, test=test, points=points)
+def contenders(task: Task, given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Iterator[Made]]]]:
+    """By name: what makes its files, from coarse to fine."""
+    yield "featherweight", lambda: ours(task, given)
+    yield PEER, lambda: theirs(task, given.qp, Peer(PEER, given.peers))
+    if given.epochs:
+        yield f"featherweight, retrained {given.epochs:g} epochs", lambda: retrained(task, given)
 
 
-def _swept(task: Task, made: Any, contender: str, validate: float, max_drop: float) -> list[Point]:
-    """The points of one contender, from coarse to fine, up to the first that is within the limit."""
-    found = []
-    for setting, size, encode, decode, model in made:
-        drop = task.metric.drop(validate, torch_figure(task, model, "validate"))
-        point = Point(
-            contender=contender,
-            setting=setting,
-            bytes=size,
-            encode_seconds=encode,
-            decode_seconds=decode,
-            validate_drop=drop,
-        )
-        found.append(point)
-        if drop <= max_drop:
-            found[-1] = point.model_copy(update={"chosen": True, "test": torch_figure(task, model, "test")})
-        print(f"{task.name} {found[-1]}", flush=True)
-        if found[-1].chosen:
-            break
-    return found
+# -- ours -------------------------------------------------------------------------------------------------------------
+def ours(task: Task, given: argparse.Namespace) -> Iterator[Made]:
+    for ratio in given.ratios:
+        yield made(task, {"kind": "quantize.coded", "snr": ratio}, f"{ratio:g} dB", given.seed)
 
 
-def _ours(task: Task, snr: float) -> tuple[int, float, float, nn.Module]:
-    """Bytes of the whole file, seconds of coding and of decoding, and the model that comes out of the file."""
-    item = step("quantize.coded", snr=snr)
-    model, _ = run_step(item, task.fresh(), Context(task, device=torch.device("cpu")))
-    page, tensors = skeleton(lean(model))
+def retrained(task: Task, given: argparse.Namespace) -> Iterator[Made]:
+    """Trained under a price for every bit, the labels and the original network's outputs as the aim."""
+    for rate in given.rates:
+        settings = {"kind": "quantize.entropy", "rate": rate, "epochs": given.epochs, "lr": given.lr, "coarse": 0.5}
+        yield made(task, settings, f"rate {rate:g}", given.seed)
+
+
+def made(task: Task, settings: dict[str, Any], setting: str, seed: int) -> Made:
+    """One file: written by the target, opened again, and what it computes then."""
+    start = time.process_time()
+    options = {name: value for name, value in settings.items() if name != "kind"}
+    ctx = Context(task, seed=seed, device=torch.device("cpu"))
+    model, _ = run_step(step(settings["kind"], **options), task.fresh(), ctx)
+    before = time.process_time() - start
+    page_of, tensors = skeleton(lean(model))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.fwc"
-        coded.write(path, page, tensors)
-        encode = min(_seconds(lambda: coded.write(path, page, tensors)) for _ in range(REPEATS))
-        decode = min(_seconds(lambda: dict(coded.Reader(path).tensors())) for _ in range(REPEATS))
-        return path.stat().st_size, encode, decode, model
+        encode = min(seconds(lambda: coded.write(path, page_of, tensors)) for _ in range(REPEATS))
+        decode = min(seconds(lambda: dict(coded.Reader(path).tensors())) for _ in range(REPEATS))
+        free = {name: task.free(name) for name in task.example}
+        artifact = target("coded").export(model, task.example, folder + "/artifact", free=free, bound=1.0)
+        runner = artifact.open()  # everything is decoded here
+        size = sum(file.stat().st_size for file in Path(folder, "artifact").rglob("*.fwc"))
+    return setting, size, before, encode, decode, lambda batch: task.call(runner, batch)
 
 
-def _seconds(work: Any) -> float:
+def seconds(work: Callable[[], Any]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
-def _theirs(task: Task, qp: list[int], peer: Peer) -> Any:
-    """The same of nncodec: it is given the floating-point tensors of the network's state."""
+# -- theirs -----------------------------------------------------------------------------------------------------------
+def theirs(task: Task, qp: list[int], peer: Peer) -> Iterator[Made]:
+    """It is given the floating-point tensors of the network's state, and rounds and codes them in one go."""
     state = {name: tensor for name, tensor in task.original.state_dict().items() if tensor.is_floating_point()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.savez(folder / "state.npz", **{name: tensor.float().numpy() for name, tensor in state.items()})  # type: ignore[arg-type]
-        peer.run("code_nncodec.py", folder / "state.npz", folder, "--", *map(str, qp))
-        figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        np.savez(folder / "state.npz", **{name: tensor.float().numpy() for name, tensor in state.items()})
         for each in qp:
-            found = figures[str(each)]
-            model = _with_state(task, folder / f"{each}.npz", state)
-            yield f"qp {each}", found["bytes"], found["encode_seconds"], found["decode_seconds"], model
+            peer.run("code_nncodec.py", folder / "state.npz", folder, "--", str(each))
+            found = json.loads((folder / "figures.json").read_text(encoding="utf-8"))[str(each)]
+            model = with_state(task, folder / f"{each}.npz", state)
+            run = torch_run(task, model)
+            yield f"qp {each}", found["bytes"], 0.0, found["encode_seconds"], found["decode_seconds"], run
 
 
-def _with_state(task: Task, path: Path, state: dict[str, Tensor]) -> nn.Module:
+def with_state(task: Task, path: Path, state: dict[str, Tensor]) -> nn.Module:
     model = task.fresh()
     with np.load(path) as file:
         decoded = {name: torch.from_numpy(file[name]).reshape(state[name].shape) for name in state}
-    model.load_state_dict(decoded, strict=False)
+    if unknown := model.load_state_dict(decoded, strict=False).unexpected_keys:
+        raise RuntimeError(f"the peer names tensors that the model lacks: {', '.join(unknown)}")
     return model.eval()
 
 
+# -- both -------------------------------------------------------------------------------------------------------------
+def figure(task: Task, run: Run, split: Split) -> Figure:
+    found = records(task, run, split)
+    low, high = task.metric.interval(found)
+    return Figure(value=task.metric.reduce(found), low=low, high=high, n=len(found))
+
+
+def swept(name: str, files: Iterator[Made], network: Network, task: Task, max_drop: float) -> Contender:
+    """The files of one contender, from coarse to fine, up to the first whose drop on validation is within the limit."""
+    found = Contender(name=name)
+    try:
+        for setting, size, before, encode, decode, run in files:
+            validation = figure(task, run, "validate")
+            drop = task.metric.drop(network.validation.value, validation.value)
+            point = Point(
+                setting=setting,
+                bytes=size,
+                before_seconds=before,
+                encode_seconds=encode,
+                decode_seconds=decode,
+                validation=validation,
+                test=figure(task, run, "test") if drop <= max_drop else None,
+            )
+            found.points.append(point)
+            print(f"{network.name}: {name}: {point}", file=sys.stderr, flush=True)
+            if point.test is not None:
+                return found
+    except (NotInstalled, RuntimeError, RecipeError) as error:
+        found.state = "not installed" if isinstance(error, NotInstalled) else "failed"
+        found.reason = " ".join(str(error).split())[:300]
+        return found
+    found.state, found.reason = "failed", f"no file lost {max_drop:g} or less on the validation split"
+    return found
+
+
+def start(given: argparse.Namespace, command: str) -> Ledger:
+    """The ledger of that date if there is one, else a new one."""
+    path = given.out / f"coded-{given.date}.json"
+    if path.is_file():
+        found = Ledger.model_validate_json(path.read_text(encoding="utf-8"))
+        if (found.seed, found.max_drop) != (given.seed, given.max_drop):
+            raise SystemExit(f"{path} has another seed or limit; take another --date or --out")
+        if command not in found.commands:
+            found.commands.append(command)
+        return found
+    versions = {name: version(name) for name in PACKAGES}
+    try:
+        versions |= {f"{name} (peer)": number for name, number in Peer(PEER, given.peers).versions().items()}
+    except NotInstalled as missing:
+        print(missing, file=sys.stderr)
+    return Ledger(
+        date=given.date,
+        commands=[command],
+        machine=describe(),
+        versions=versions,
+        seed=given.seed,
+        max_drop=given.max_drop,
+    )
+
+
+def network_of(ledger: Ledger, task: Task) -> Network:
+    """The entry of a task in the ledger, made if there is none."""
+    found = next((each for each in ledger.networks if each.name == task.name), None)
+    if found is None:
+        run = torch_run(task, task.original)
+        found = Network(
+            name=task.name,
+            metric=task.metric.name,
+            parameters=sum(parameter.numel() for parameter in task.original.parameters()),
+            validation=figure(task, run, "validate"),
+            test=figure(task, run, "test"),
+        )
+        ledger.networks.append(found)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = arguments(argv)
+    torch.set_num_threads(1)
+    words = sys.argv[1:] if argv is None else argv
+    ledger = start(given, " ".join(["python -m benchmarks.coded", *words]).replace(str(given.peers), "FOLDER"))
+    for spec in given.networks:
+        task = find_task(spec)
+        network = network_of(ledger, task)
+        for name, files in contenders(task, given):
+            if any(each.name == name and each.state == "done" for each in network.contenders):
+                continue
+            found = swept(name, files(), network, task, given.max_drop)
+            network.contenders = [each for each in network.contenders if each.name != name] + [found]
+            write_text(given.out / f"coded-{given.date}.json", ledger.model_dump_json(indent=1) + "\n")
+            write_text(given.page, page(ledger))
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
