@@ -81,14 +81,17 @@ def test_latency_needs_a_target_and_is_measured_where_there_is_one():
         pruned(blocks_task(), of="latency")
     task, asked = blocks_task(), []
 
-    def stopwatch(models: Any) -> list[float]:
-        asked.append(len(models))
-        return [1e-3 + 1e-3 * len(model.rows) for model in models]
+    class Fixed:
+        name = "a millisecond for each block"
 
-    ctx = Context(task, device=CPU, stopwatch=stopwatch)
+        def __call__(self, models: Any) -> list[float]:
+            asked.append(len(models))
+            return [1e-3 + 1e-3 * len(model.rows) for model in models]
+
+    ctx = Context(task, device=CPU, stopwatch=Fixed())
     model, _ = run_step(BlockPrune(keep=0.65, of="latency", rounds=1), task.fresh(), ctx)
     assert len(model.rows) == 2
-    assert asked == [1, 2, 1]  # the four blocks look alike: one of them is measured
+    assert asked == [3, 2]  # beside the whole network; the four blocks look alike: one of them is measured
 
 
 def test_outputs_need_no_labels_and_loss_says_that_it_does():

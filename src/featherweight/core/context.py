@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,14 @@ from .soft import chains
 from .step import Step
 from .task import Split, Task
 
-Stopwatch = Callable[[Sequence[nn.Module]], list[float]]
+
+class Stopwatch(Protocol):
+    """Gives, for models, the seconds that each takes on the target called `name`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, models: Sequence[nn.Module]) -> list[float]: ...
 
 
 @dataclass
@@ -38,7 +45,7 @@ class Context:
     Nothing is global.
 
     `width_multiple` is what the target's kernels like the number of channels to be a multiple of; 1 if there is no
-    target. `stopwatch` gives, for models, the seconds that each takes on the target: None if there is no target.
+    target. `stopwatch` measures what models take on the target; None if there is no target.
     """
 
     task: Task

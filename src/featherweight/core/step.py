@@ -99,6 +99,11 @@ class Step(BaseModel):
         """Whether this step, as it is set, runs epochs of training."""
         return self.trains or getattr(self, "retrain", None) is not None
 
+    @property
+    def timed(self) -> bool:
+        """Whether this step, as it is set, measures seconds on the target."""
+        return getattr(self, "of", None) == "latency"
+
     def dump(self) -> dict[str, Any]:
         """The mapping that stands for this step in a recipe: kind, and settings that differ from the defaults."""
         return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True)}

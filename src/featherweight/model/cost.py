@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Cost:
                 self.widths[row, column] = counts[-1]
                 self.shares[row, column] = counts[:-1] / units[:-1]
 
-    def __call__(self, kept: Sequence[int] | NDArray[np.int64]) -> float:
+    def __call__(self, kept: Sequence[float] | NDArray[Any]) -> float:
         widths = self.widths + self.shares @ np.asarray(kept, dtype=np.float64)
         return float((self.constants * widths.prod(axis=1)).sum())
 

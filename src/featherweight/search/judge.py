@@ -31,6 +31,7 @@ from ..measure.statistics import Estimate, speedup
 from ..measure.timing import Call, repeat
 from .choose import Figures
 from .output import BASELINE, work_folder
+from .stopwatch import Stopwatch
 from .store import Store, build
 
 Loads = list[np.ndarray]  # for each time that an artifact was loaded: seconds, rounds x runs
@@ -56,7 +57,13 @@ class Job:
 
     def context(self) -> Context:
         """A fresh context for the steps of one recipe."""
-        return Context(self.task, seed=self.seed, progress=self.progress, width_multiple=self.target.width_multiple)
+        return Context(
+            self.task,
+            seed=self.seed,
+            progress=self.progress,
+            width_multiple=self.target.width_multiple,
+            stopwatch=Stopwatch(self.target, self.task, seed=self.seed, progress=self.progress),
+        )
 
     def build(self, recipe: Recipe) -> tuple[nn.Module, list[StepRecord]]:
         """The model after `recipe`; prefixes that were computed before are read from the store."""

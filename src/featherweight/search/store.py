@@ -133,13 +133,14 @@ def build(recipe: Recipe, ctx: Context, store: Store) -> tuple[nn.Module, list[S
 
 def prefix_key(steps: tuple[Step, ...], ctx: Context) -> str:
     """Digest of all that decides what the model is after `steps`: task, seed, steps, code, versions, device, and the
-    target's width.
+    target's width, or the target itself for steps that measure on it.
     """
     return value_digest(
         {
             "task": ctx.task.digest,
             "seed": ctx.seed,
             "width_multiple": ctx.width_multiple,
+            "stopwatch": ctx.stopwatch.name if ctx.stopwatch and any(item.timed for item in steps) else "",
             "device": ctx.device.type,
             "steps": [item.full() for item in steps],
             "code": [code_digest(), *(_source_digest(type(item)) for item in steps)],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,10 +15,13 @@ from ...core.fit import Term, Training, task_loss, towards
 from ...core.step import Between, OneOf, Trait
 from ...model.blocks import find_blocks, outputs_of, remove_blocks, silenced, without
 from ...model.cost import forward_macs
+from ...model.cut import shell
 from ...model.select import LayerStep, excluded, unused
 from .depth import give_back, rank
 from .layers import layers
 from .recalibrate import recalibrate
+
+Costs = Callable[[Sequence[nn.Module]], list[float]]
 
 SHORT = 0.02  # how far from the asked share a result may end without a warning
 
@@ -61,20 +64,20 @@ class BlockPrune(LayerStep, kind="prune.blocks"):
         open_ = [model.get_submodule(name) for name in found.blocks if name not in left]
         if not open_:
             raise NoEffect(f"{self.kind} finds no block to take away: {_some(left)}")
-        whole = reached = self._cost(model, ctx)
+        costs, reached = self._gauge(model, ctx), 1.0
         spare = len(open_) - self.min_blocks
         for turn in range(1, self.rounds + 1):
             ctx.progress.say(f"{self.kind}: round {turn} of {self.rounds}")
             share = self.keep ** (turn / self.rounds)
-            gone = self._round(model, ctx, open_, spare, share * whole)
+            gone = self._round(model, ctx, costs, open_, spare, share)
             spare, open_ = spare - len(gone), [block for block in open_ if block not in gone]
             for block in gone:
                 ctx.change(names[block], "taken away")
-            reached = self._cost(model, ctx) if gone else reached
+            reached = costs([model])[0] if gone else reached
             self._heal(model, ctx, turn, bool(gone))
         self._report(ctx, inside, left | {names[block]: "the network would miss it more" for block in open_})
-        if reached / whole - self.keep > SHORT:
-            ctx.warn(f"{self.kind} kept {reached / whole:.1%} of the {self.of}, not {self.keep:.1%}")
+        if reached - self.keep > SHORT:
+            ctx.warn(f"{self.kind} kept {reached:.1%} of the {self.of}, not {self.keep:.1%}")
         return model.eval()
 
     def _report(self, ctx: Context, inside: list[str], left: dict[str, str]) -> None:
@@ -99,12 +102,12 @@ class BlockPrune(LayerStep, kind="prune.blocks"):
             ctx.fit(model, self.retrain, text=f"retraining after round {turn} of {self.kind}")
 
     def _round(
-        self, model: nn.Module, ctx: Context, open_: list[nn.Module], spare: int, target: float
+        self, model: nn.Module, ctx: Context, costs: Costs, open_: list[nn.Module], spare: int, target: float
     ) -> list[nn.Module]:
         """Take away at most `spare` of the blocks in `open_`, so that the cost comes down to `target`; return them."""
         names = {module: name for name, module in model.named_modules()}
         blocks = {names[block]: block for block in open_}
-        cost, saved = self._savings(model, ctx, list(blocks))
+        cost, saved = savings(model, costs, list(blocks))
         if cost <= target or spare < 1:
             return []
         losses = losses_without(model, ctx, list(blocks), self._term(ctx))
@@ -116,23 +119,30 @@ class BlockPrune(LayerStep, kind="prune.blocks"):
     def _term(self, ctx: Context) -> Term:
         return task_loss if self.score == "loss" else towards(1.0)
 
-    def _cost(self, model: nn.Module, ctx: Context) -> float:
-        return self._costs([model], ctx)[0]
+    def _gauge(self, model: nn.Module, ctx: Context) -> Costs:
+        """What models cost, as shares of what `model` costs as it is now."""
+        start = shell(model)
 
-    def _costs(self, models: Sequence[nn.Module], ctx: Context) -> list[float]:
-        if self.of == "parameters":
-            return [sum(parameter.numel() for parameter in model.parameters()) for model in models]
-        if self.of == "macs":
-            return [forward_macs(model, ctx.example) for model in models]
-        return ctx.seconds(models)
+        def costs(models: Sequence[nn.Module]) -> list[float]:
+            every = [start, *models]
+            if self.of == "latency":
+                found = ctx.seconds(every)
+            elif self.of == "macs":
+                found = [forward_macs(each, ctx.example) for each in every]
+            else:
+                found = [float(sum(parameter.numel() for parameter in each.parameters())) for each in every]
+            return [each / found[0] for each in found[1:]]
 
-    def _savings(self, model: nn.Module, ctx: Context, names: list[str]) -> tuple[float, dict[str, float]]:
-        """What the model costs, and what each block's removal saves; blocks that look alike are measured once."""
-        alike = {name: _looks(model.get_submodule(name)) for name in names}
-        firsts = {look: name for name, look in reversed(alike.items())}
-        whole, *costs = self._costs([model, *(without(model, [name]) for name in firsts.values())], ctx)
-        saved = {look: whole - cost for look, cost in zip(firsts, costs)}
-        return whole, {name: saved[look] for name, look in alike.items()}
+        return costs
+
+
+def savings(model: nn.Module, costs: Costs, names: list[str]) -> tuple[float, dict[str, float]]:
+    """What the model costs, and what each block's removal saves; blocks that look alike are measured once."""
+    alike = {name: _looks(model.get_submodule(name)) for name in names}
+    firsts = {look: name for name, look in reversed(alike.items())}
+    whole, *rest = costs([model, *(without(model, [name]) for name in firsts.values())])
+    saved = {look: whole - cost for look, cost in zip(firsts, rest)}
+    return whole, {name: saved[look] for name, look in alike.items()}
 
 
 def _owner(layer: str, blocks: Iterable[str]) -> str:

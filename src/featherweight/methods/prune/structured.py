@@ -16,12 +16,13 @@ from ...core.context import Context
 from ...core.errors import TaskError
 from ...core.fit import Training
 from ...core.step import Between, OneOf, Place, Trait
-from ...model.cost import Cost, macs, parameters
-from ...model.cut import agreeing, remove
+from ...model.cost import macs, parameters
+from ...model.cut import agreeing, remove, shell
 from ...model.groups import Coupling, Cut, Group, Slot, couple, tensors
 from ...model.select import LayerStep, excluded, unused
+from .latency import measure
 from .layers import layers, producers, widths
-from .plan import by_rank, by_share, limits
+from .plan import Limits, Price, by_rank, by_share, limits
 from .recalibrate import recalibrate
 from .scores import l1, l2, relative, slices, taylor
 
@@ -32,9 +33,10 @@ SHORT = 0.02  # how far from the asked share a result may end without a warning
 class StructuredPrune(LayerStep, kind="prune.structured"):
     """Take away the least important channels, neurons and attention heads; what remains is a smaller dense network.
 
-    `keep` is the share that is kept of the parameters or of the multiply-accumulates (`of`). Units that can only go
-    together are found by `featherweight.model.groups`, and their removal is checked against silencing them every
-    time. A unit's score is the sum over all its slices in all coupled parameters: of magnitudes (`l1`), squares
+    `keep` is the share that is kept of the parameters, of the multiply-accumulates, or of the time that one input
+    takes on the target (`of`; a table of widths is measured there in each round, see `prune.latency`). Units that can
+    only go together are found by `featherweight.model.groups`, and their removal is checked against silencing them
+    every time. A unit's score is the sum over all its slices in all coupled parameters: of magnitudes (`l1`), squares
     (`l2`, then the root), batch-norm scales (`bn`), or, on the calibration data, of the squared first-order change of
     the task's loss (`taylor`, arXiv:1906.10771). `scope` "global" ranks the units of all groups together, "layer"
     keeps the same share of each group. To be comparable, `taylor` is divided by what removing one unit of the group
@@ -56,7 +58,7 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
     place = Place.RESHAPE
 
     keep: Annotated[float, Field(gt=0, lt=1), Between(0.3, 0.95)] = 0.7
-    of: Literal["parameters", "macs"] = "macs"
+    of: Literal["parameters", "macs", "latency"] = "macs"
     score: Annotated[Literal["l1", "l2", "bn", "taylor"], OneOf("l1", "l2", "taylor")] = "l2"
     scope: Annotated[Literal["global", "layer"], OneOf("global", "layer")] = "global"
     rounds: Annotated[int, Field(ge=1, le=100)] = 1
@@ -69,12 +71,12 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
         before = {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
         for glob in unused(model, (nn.Module,), self.only, self.skip):
             ctx.warn(f"{self.kind}: no layer matches {glob!r}")
-        whole, reached, coupling = 0.0, 1.0, None
+        start, whole, reached, coupling = shell(model), 0.0, 1.0, None
         for turn in range(1, self.rounds + 1):
             ctx.progress.say(f"{self.kind}: round {turn} of {self.rounds}")
             coupling = couple(model, ctx.example)
-            price = self._price(coupling)
-            whole = whole or price([len(group) for group in coupling.groups])
+            price = self._price(model, start, ctx, coupling)
+            whole = whole or price(np.array([len(group) for group in coupling.groups]))
             was = reached
             reached = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
             if reached == was:  # nothing to heal; the next round asks for more, which may be worth a whole step
@@ -85,6 +87,9 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
                 ctx.fit(model, self.retrain, text=f"retraining after round {turn} of {self.kind}")
         assert coupling is not None
         self._report(model, ctx, coupling, before)
+        if self.of == "latency":
+            unit, now = ctx.seconds([start, model])
+            reached = now / unit
         if abs(reached - self.keep) > SHORT:
             ctx.warn(
                 f"{self.kind} kept {reached:.1%} of the {self.of}, not {self.keep:.1%}: the layers left alone, "
@@ -92,14 +97,26 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             )
         return model.eval()
 
-    def _price(self, coupling: Coupling) -> Cost:
+    def _price(self, model: nn.Module, start: nn.Module, ctx: Context, coupling: Coupling) -> Price:
+        if self.of == "latency":
+            bounds = self._bounds(ctx, coupling, self._eligible(model, coupling))
+            return measure(model.eval(), start, ctx, coupling, bounds)
         return parameters(coupling) if self.of == "parameters" else macs(coupling)
+
+    def _bounds(self, ctx: Context, coupling: Coupling, places: list[int]) -> dict[int, Limits]:
+        """How many units each of these groups may keep."""
+        return {
+            place: limits(
+                len(coupling.groups[place]), self.min_keep, self._multiple(ctx), widths(coupling.groups[place])
+            )
+            for place in places
+        }
 
     def _multiple(self, ctx: Context) -> int:
         return self.multiple or max(1, ctx.width_multiple)
 
     def _round(
-        self, model: nn.Module, ctx: Context, coupling: Coupling, price: Cost, whole: float, share: float
+        self, model: nn.Module, ctx: Context, coupling: Coupling, price: Price, whole: float, share: float
     ) -> float:
         """Remove what must go for `price` to come down to `share` of `whole`; return the share that was reached."""
         scores = self._scores(model, ctx, coupling, self._eligible(model, coupling))
@@ -109,7 +126,8 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
         )
         coupling.refused |= failed
         remove(model, coupling, cut)
-        return price([len(group) - len(cut.get(place, ())) for place, group in enumerate(coupling.groups)]) / whole
+        kept = [len(group) - len(cut.get(place, ())) for place, group in enumerate(coupling.groups)]
+        return price(np.array(kept)) / whole
 
     def _eligible(self, model: nn.Module, coupling: Coupling) -> list[int]:
         chosen = []
@@ -119,15 +137,12 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
                 chosen.append(place)
         return chosen
 
-    def _plan(self, ctx: Context, coupling: Coupling, price: Cost, scores: Scores, target: float) -> Cut:
+    def _plan(self, ctx: Context, coupling: Coupling, price: Price, scores: Scores, target: float) -> Cut:
         """Which units of which groups to remove."""
         if not scores:
             return {}
         places = sorted(scores)
-        bounds = [
-            limits(len(coupling.groups[place]), self.min_keep, self._multiple(ctx), widths(coupling.groups[place]))
-            for place in places
-        ]
+        bounds = list(self._bounds(ctx, coupling, places).values())
         everything = np.array([len(group) for group in coupling.groups])
 
         def price_of(kept: NDArray[np.int64]) -> float:
@@ -193,7 +208,7 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
         return "all of its units score higher than those that had to go"
 
 
-def savings(price: Cost, everything: NDArray[np.int64], places: list[int]) -> list[float]:
+def savings(price: Price, everything: NDArray[np.int64], places: list[int]) -> list[float]:
     """What removing one unit of each group at `places` saves in the whole network, as a share of its cost."""
     whole, found = price(everything), []
     for place in places:
