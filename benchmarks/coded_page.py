@@ -83,9 +83,9 @@ def section(network: Network) -> list[str]:
     peer = next((each.chosen for each in done if each.name == PEER), None)
     head = ["contender", "setting", "bytes", "times smaller", f"than {PEER}", f"{network.metric}, test", "validation"]
     head += ["before (s)", "coding (s)", "decoding (s)"]
-    lines = [f"## {network.name}", "", f"{network.parameters:,} parameters; float32: {text(network.test)} on test "]
-    lines[-1] += f"(n = {network.test.n:,}), {network.validation.value:.2f} on validation (n = {network.validation.n:,})."
-    lines += ["", *rows_of(head, (cells(network, each, peer) for each in done)), ""]
+    original = f"{network.parameters:,} parameters; float32: {text(network.test)} on test (n = {network.test.n:,}), "
+    original += f"{network.validation.value:.2f} on validation (n = {network.validation.n:,})."
+    lines = [f"## {network.name}", "", original, "", *rows_of(head, (cells(network, each, peer) for each in done)), ""]
     lines += [f"{each.name}: {each.state}: {each.reason}\n" for each in network.contenders if each.state != "done"]
     lines += ["All files, as bytes / metric on validation:", ""]
     for each in network.contenders:
