@@ -17,7 +17,8 @@ from featherweight.core.task import Task
 registry.load("methods")
 KINDS = sorted(Step.kinds)
 TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
-ROWS = frozenset({"prune.blocks"})  # what needs rows of blocks: tried there, and only there
+# what needs rows of blocks: tried there, and only there
+ROWS = frozenset({"prune.blocks", "sparse.layerdrop", "sparse.stochastic_depth"})
 NOTHING_IN = frozenset({("quantize.rotate", "conv")})  # a nonlinearity stands between all of its layers
 
 

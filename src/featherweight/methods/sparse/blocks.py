@@ -1,0 +1,77 @@
+"""Training in which residual blocks are skipped: what LayerDrop and stochastic depth share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from featherweight.core.context import Context
+from featherweight.core.fit import Training
+from featherweight.core.step import Trait
+from featherweight.model.blocks import find_blocks
+from featherweight.model.masks import TYPES
+from featherweight.model.select import LayerStep, excluded, unused
+
+from .skipping import Draw, skipping, unskippable
+
+
+class BlockSkipping(LayerStep, Training):
+    """Train while blocks that give their input's form back are skipped at random, batch by batch, and not computed.
+
+    `rate` is how often. `only` and `skip` choose blocks by their full names; see `featherweight.model.blocks` for what
+    counts as one.
+    """
+
+    needs: ClassVar[Trait] = Trait.EDITABLE | Trait.TRAINABLE
+    trains: ClassVar[bool] = True
+
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        rates = self._rates(model, ctx)
+        self._leave_rest(model, list(rates), ctx)
+        if not rates:
+            return model
+        draw = Draw(rates, ctx.generator(f"{self.kind}: blocks"))
+        with skipping(model, list(rates), draw.skipped):
+            loss = ctx.fit(model, self, during=draw.during, text=self.kind)
+        share = sum(draw.drawn.values()) / (draw.steps * len(rates))
+        ctx.change("*", f"trained for {self.epochs:g} epochs, {share:.1%} of the blocks skipped, last loss {loss:.4g}")
+        for name in rates:
+            ctx.change(name, f"skipped in {draw.drawn.get(name, 0)} of {draw.steps} steps")
+        return self._finish(model, rates, ctx)
+
+    def _rates(self, model: nn.Module, ctx: Context) -> dict[str, float]:
+        """How often each block is skipped, by name, in the order of the network."""
+        raise NotImplementedError(f"{type(self).__name__} must say how often blocks are skipped")
+
+    def _finish(self, model: nn.Module, rates: dict[str, float], ctx: Context) -> nn.Module:
+        return model
+
+    def _blocks(self, model: nn.Module, ctx: Context) -> tuple[list[str], list[str]]:
+        """The blocks that are skipped, and all that stand in rows; every other one is reported as left alone."""
+        for glob in unused(model, (nn.Module,), self.only, self.skip):
+            ctx.warn(f"{self.kind}: no layer matches {glob!r}")
+        found = find_blocks(model.to(ctx.device).eval(), ctx.example)
+        left = found.left | unskippable(model, found.blocks, lambda: model(**ctx.example))
+        left |= {name: why for name in found.blocks if (why := excluded(name, self.only, self.skip))}
+        for name, reason in left.items():
+            ctx.leave(name, reason)
+        inside = {name for name, _ in model.named_modules()}
+        rows = [name for name in inside if name in left or name in found.blocks]
+        order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+        return [name for name in found.blocks if name not in left], sorted(rows, key=order.__getitem__)
+
+    def _leave_rest(self, model: nn.Module, blocks: list[str], ctx: Context) -> None:
+        """Report the layers outside of all blocks that are skipped."""
+        for name, module in model.named_modules():
+            if isinstance(module, TYPES) and not any(name.startswith(f"{block}.") for block in blocks):
+                reason = excluded(name, self.only, self.skip)
+                ctx.leave(name, reason or "it stands in no block that is skipped")
+
+    @classmethod
+    def sample(cls) -> dict[str, Any]:
+        """Settings with which it shows what it does on a small task."""
+        return {"epochs": 2}
