@@ -162,7 +162,17 @@ def made(row: Row, task: Task, seed: int) -> nn.Module:
 
 def made_by_peer(row: Row, task: Task, peers: Path | None) -> nn.Module:
     """The model with the peer's rounded weights, from the same calibration data."""
-    options = [word for name, value in row.steps[0].items() for word in (f"--{name}", str(value))]
+    model, figures = from_peer("weights_llmcompressor.py", row.steps[0], task, peers)
+    row.bits_per_weight, row.weights = figures["bits_per_weight"], figures["weights"]
+    row.cpu_seconds = figures["cpu_seconds"]
+    return model
+
+
+def from_peer(
+    script: str, settings: dict[str, Any], task: Task, peers: Path | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with the weights that a script of the peer gives for the same calibration data, and its figures."""
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model: Any = task.fresh()
@@ -170,14 +180,12 @@ def made_by_peer(row: Row, task: Task, peers: Path | None) -> nn.Module:
         count = min(task.calibration_limit, len(task.train))
         batches = [{"input_ids": task.train[place]["input_ids"].numpy()} for place in range(count)]
         tokens = write_calibration(folder / "tokens.npz", batches)
-        Peer("llmcompressor", peers).run("weights_llmcompressor.py", folder / "model", tokens, folder, *options)
+        Peer("llmcompressor", peers).run(script, folder / "model", tokens, folder, *options)
         figures = json.loads((folder / "figures.json").read_text("utf-8"))
         unknown = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"the peer names weights that the model lacks: {', '.join(unknown)}")
-    row.bits_per_weight, row.weights = figures["bits_per_weight"], figures["weights"]
-    row.cpu_seconds = figures["cpu_seconds"]
-    return model
+    return model, figures
 
 
 def fill(row: Row, task: Task, given: argparse.Namespace) -> None:

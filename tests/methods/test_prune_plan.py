@@ -8,17 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featherweight.methods.prune.patterns import keep_largest_of_all
 from featherweight.methods.prune.plan import Limits, by_rank, by_share, limits
-from featherweight.methods.prune.scores import (
-    cubic,
-    keep_largest,
-    keep_largest_of_all,
-    l1,
-    l2,
-    relative,
-    slices,
-    taylor,
-)
+from featherweight.methods.prune.scores import cubic, l1, l2, relative, slices, taylor
+from featherweight.model.masks import keep_largest
 
 
 def test_a_step_changes_every_width_by_a_multiple():
@@ -127,7 +120,7 @@ def test_masks_keep_exactly_the_share(sizes: list[int], share: float, least: flo
     scores = [torch.randn(size).abs() for size in sizes]
     masks = keep_largest_of_all(scores, share, least)
     floors = [max(1, round(min(least, share) * size)) for size in sizes]
-    assert sum(int(mask.sum()) for mask in masks) == max(round(share * sum(sizes)), sum(floors))
+    assert abs(sum(int(mask.sum()) for mask in masks) - max(share * sum(sizes), sum(floors))) <= 0.5 + 1e-9
     for score, mask, floor in zip(scores, masks, floors, strict=True):
         assert int(mask.sum()) >= floor
         assert not mask.all() or mask.numel() >= 1

@@ -1,4 +1,4 @@
-"""Magnitude pruning: exact sparsity, masks that hold and tighten, layers that are left alone."""
+"""prune.weights: exact sparsity, masks that hold and tighten, schedules, layers that are left alone."""
 
 from __future__ import annotations
 
@@ -73,24 +73,104 @@ def test_every_layer_keeps_its_least():
 
 
 def test_masks_hold_during_training_and_what_is_stored_is_sparse():
-    model, _ = masked(conv_task(), sparsity=0.7, retrain=Training(epochs=1), gradual=False)
+    model, _ = masked(conv_task(), sparsity=0.7, retrain=Training(epochs=1))
     assert total(model) == pytest.approx(0.7, abs=0.01)
     assert {encoding.form for encoding in encodings(model).values()} == {"sparse"}
 
 
 def test_gradual_sparsity_rises_on_a_cubic_curve_and_ends_where_it_was_asked(monkeypatch: pytest.MonkeyPatch):
     seen: list[float] = []
-    tighten = WeightPruning._tighten
+    prune = WeightPruning._prune
 
-    def watched(self: WeightPruning, masks: Any, sparsity: float) -> None:
-        seen.append(sparsity)
-        tighten(self, masks, sparsity)
+    def watched(self: WeightPruning, model: nn.Module, ctx: Context, held: Any, wanted: dict[str, float]) -> None:
+        seen.append(wanted["head"])
+        prune(self, model, ctx, held, wanted)
 
-    monkeypatch.setattr(WeightPruning, "_tighten", watched)
-    model, _ = masked(conv_task(), sparsity=0.8, retrain=Training(epochs=2))
+    monkeypatch.setattr(WeightPruning, "_prune", watched)
+    model, _ = masked(conv_task(), sparsity=0.8, schedule="gradual", retrain=Training(epochs=2))
     assert seen[0] == 0 and seen[-1] == 0.8 and seen == sorted(seen) and len(seen) > 5
     assert seen[1] < 0.8 < seen[1] * 8
     assert total(model) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("pattern", ["none", "4:8"])
+def test_movement_pruning_ends_where_it_was_asked_with_plain_masks(pattern: str):
+    settings = {} if pattern != "none" else {"sparsity": 0.7}
+    only = "conv,hidden,head" if pattern == "none" else "conv,hidden"
+    model, record = masked(
+        conv_task(),
+        score="movement",
+        pattern=pattern,
+        schedule="gradual",
+        retrain=Training(epochs=2),
+        only=only,
+        **settings,
+    )
+    assert total(model) == pytest.approx(settings.get("sparsity", 0.5), abs=0.01)
+    assert all([type(link) for link in links] == [Mask] for *_, links in chains(model)) and record.changed
+
+
+def test_movement_pruning_goes_by_where_weights_move_not_by_how_large_they_are():
+    """One step of plain gradient descent: the weights that stay are those with the smallest `w dL/dw`."""
+    task = conv_task()
+    schedule = Training(epochs=0.2, lr=1e-6, optimizer="sgd", weight_decay=0, warmup=0)  # one batch of 64 of 320
+    taught, ctx = task.fresh(), context(task)
+    batch = next(iter(ctx.task.batches("train", 64, ctx.generator("fit:prune.weights at rising sparsity"))))
+    taught.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.generator("fit:prune.weights at rising sparsity").initial_seed())
+        task.loss(task.call(taught, batch), batch).backward()
+    head = taught.head  # type: ignore[union-attr]
+    value = (head.weight * head.weight.grad).detach()  # type: ignore[union-attr,operator]
+    model, _ = masked(
+        task, score="movement", scope="layer", schedule="gradual", only="head", sparsity=0.5, retrain=schedule
+    )
+    (mask,) = next(links for name, _, _, links in chains(model) if name == "head.weight")
+    assert value[mask.keep].max() <= value[~mask.keep].min() + 1e-6
+
+
+def test_rounds_take_the_same_share_each_and_end_where_it_was_asked(monkeypatch: pytest.MonkeyPatch):
+    seen: list[float] = []
+    fit = Context.fit
+
+    def watched(self: Context, model: nn.Module, *args: Any, **settings: Any) -> float:
+        seen.append(total(model))
+        return fit(self, model, *args, **settings)
+
+    monkeypatch.setattr(Context, "fit", watched)
+    model, _ = masked(conv_task(), sparsity=0.784, schedule="rounds", rounds=3, retrain=Training(epochs=1))
+    assert seen == [pytest.approx(1 - 0.6**turn, abs=0.01) for turn in (1, 2, 3)]
+    assert total(model) == pytest.approx(0.784, abs=0.01)
+
+
+def test_the_lottery_ticket_goes_back_to_the_weights_of_an_earlier_point(monkeypatch: pytest.MonkeyPatch):
+    starts: list[dict[str, torch.Tensor]] = []
+    load = nn.Module.load_state_dict
+
+    def watched(self: nn.Module, state: dict[str, torch.Tensor], **settings: Any) -> Any:
+        found = load(self, state, **settings)
+        starts.append({name: value.clone() for name, value in self.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", watched)
+    task = conv_task()
+    settings: dict[str, Any] = {"schedule": "rounds", "rounds": 2, "sparsity": 0.6, "scope": "layer"}
+    model, _ = masked(task, **settings, rewind=0.0, retrain=Training(epochs=1))
+    original = task.original.state_dict()
+    for state in starts:
+        for name, value in state.items():
+            plain = name.replace("parametrizations.", "").replace(".original", "")
+            assert name.endswith(".keep") or torch.equal(value, original[plain]), name
+    first, second = ({n: v for n, v in s.items() if n.endswith(".keep")} for s in starts)
+    assert all(not (second[name] & ~first[name]).any() and not second[name].equal(first[name]) for name in first)
+    starts.clear()
+    masked(task, **settings, rewind=0.5, retrain=Training(epochs=1))
+    late = {n: v for n, v in starts[0].items() if n.endswith(".original")}
+    assert any(
+        not v.equal(original[n.replace("parametrizations.", "").replace(".original", "")]) for n, v in late.items()
+    )
+    assert all(v.equal(starts[1][n]) for n, v in late.items()), "every round starts from the same point"
+    assert total(model) == pytest.approx(0.6, abs=0.01)
 
 
 def test_a_second_pass_tightens_the_same_masks():
@@ -182,3 +262,40 @@ def test_the_original_stays_plain():
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]):
     with pytest.raises(RecipeError, match=r"prune\.weights: " + next(iter(settings))):
         step("prune.weights", **settings)
+
+
+TRAINED = {"retrain": {"epochs": 1}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pattern": "4:4"}, "keeps everything"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "has a sparsity of 0.5; leave sparsity out"),
+        ({"pattern": "2:4", "scope": "layer"}, "every group of 4 competes"),
+        ({"pattern": "2:4", "allocation": "sensitivity"}, "every group of 4 competes"),
+        ({"pattern": "row", "score": "sparsegpt"}, "none makes up for another"),
+        ({"pattern": [1, 4], "score": "obs"}, "for blocks use sparsegpt"),
+        ({"pattern": "2x4"}, "pattern"),
+        ({"score": "wanda", "scope": "global"}, "say nothing across layers"),
+        ({"scope": "global", "allocation": "sensitivity"}, "compete within layers"),
+        ({"scope": "layer", "min_keep": 0.1}, "min_keep is for what competes across layers"),
+        ({"damping": 0.1}, "damping and compensate are settings of obs and sparsegpt"),
+        ({"score": "wanda", "compensate": True}, "damping and compensate are settings of obs and sparsegpt"),
+        ({"schedule": "gradual"}, "needs a training"),
+        ({"schedule": "rounds"}, "needs a training"),
+        ({"score": "movement", **TRAINED}, "set schedule: gradual"),
+        ({"score": "fisher", "schedule": "gradual", **TRAINED}, "use schedule: rounds"),
+        ({"rounds": 5, **TRAINED}, "settings of schedule: rounds"),
+        ({"rewind": 0.1, **TRAINED}, "settings of schedule: rounds"),
+        ({"rewind": 0.1, "schedule": "rounds", "score": "obs", **TRAINED}, "takes back what obs changes"),
+    ],
+)
+def test_settings_that_do_nothing_together_are_refused(settings: dict[str, Any], words: str):
+    with pytest.raises(RecipeError, match=words):
+        step("prune.weights", **settings)
+
+
+def test_a_pattern_says_its_own_sparsity():
+    item = step("prune.weights", pattern="1:4")
+    assert item.sparsity == 0.75 and step(item.kind, **{k: v for k, v in item.dump().items() if k != "kind"}) == item  # type: ignore[attr-defined]

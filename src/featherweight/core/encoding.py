@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +12,10 @@ from .packing import pack_bits, packed_bytes, unpack_bits
 if TYPE_CHECKING:
     from torch import Tensor
 
-WITH_ZEROS = frozenset({"sparse", "2:4"})  # forms of weights with zeros; they have no parts
+
+def holds_zeros(form: str) -> bool:
+    """Whether a form is one of `Sparse`: at any positions, or in a pattern. Such forms have no parts."""
+    return form in ("sparse", "row") or bool(re.fullmatch(r"\d+[:x]\d+", form))
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,20 @@ class Affine(Encoding):
 class Sparse(Encoding):
     """Floats of which only some positions are kept; the others are zero. `keep` is a boolean mask of the weight's
     shape.
+
+    `pattern` says where they lie in the weight as a matrix of outputs by inputs: "2:4" (at most 2 of every 4 neighbours
+    in a row), "4x4" (whole blocks), "row" (whole rows), or nothing. The columns of a convolution lie input channel
+    beside input channel, one place of the kernel after the other.
     """
 
     kind: ClassVar[str] = "sparse"
     values: Tensor
     keep: Tensor
+    pattern: str = ""
 
     @property
     def form(self) -> str:
-        return "sparse"
+        return self.pattern or "sparse"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -39,16 +39,23 @@ class Link(nn.Module):
 
 
 class Mask(Link, kind="mask"):
-    """Hold the positions where `keep` is False at zero. `keep` has the weight's shape."""
+    """Hold the positions where `keep` is False at zero. `keep` has the weight's shape.
+
+    `pattern` says what the positions have in common: see `Sparse`.
+    """
 
     keep: Tensor
 
-    def __init__(self, keep: Tensor | None = None, shape: list[int] | None = None):
+    def __init__(self, keep: Tensor | None = None, shape: list[int] | None = None, pattern: str = ""):
         super().__init__()
+        self.pattern = pattern
         self.register_buffer("keep", torch.ones(shape or [], dtype=torch.bool) if keep is None else keep.bool())
 
     def settings(self) -> dict[str, Any]:
-        return {"shape": list(self.keep.shape)}
+        return {"shape": list(self.keep.shape), "pattern": self.pattern}
+
+    def extra_repr(self) -> str:
+        return self.pattern
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.keep
@@ -56,7 +63,7 @@ class Mask(Link, kind="mask"):
     def encode(self, weight: Tensor) -> Encoding | None:
         from .encoding import Sparse
 
-        return Sparse(values=(weight * self.keep).detach(), keep=self.keep)
+        return Sparse(values=(weight * self.keep).detach(), keep=self.keep, pattern=self.pattern)
 
 
 def chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[Link]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
-from .encoding import WITH_ZEROS, Encoding, Sparse
+from .encoding import Encoding, Sparse, holds_zeros
 from .errors import ArtifactError, MissingExtra, NotCarried, NotFinite, RecipeError
 from .files import file_digest, folder_size, recover_folder, whole_folder, write_json
 from .outputs import Layout, named_outputs, rebuild
@@ -188,9 +188,8 @@ class Target(BaseModel, ABC):
 
     @classmethod
     def refuses(cls, forms: Iterable[str]) -> list[str]:
-        """Those of these forms of weights that this target cannot store."""
-        packed = PACKED in cls.carries
-        return sorted(form for form in forms if form not in cls.carries and (form in WITH_ZEROS or not packed))
+        """Those of these forms of weights that this target cannot store; zeros in a pattern are also zeros anywhere."""
+        return sorted(form for form in forms if not cls.carries & {form, "sparse" if holds_zeros(form) else PACKED})
 
     @abstractmethod
     def write(

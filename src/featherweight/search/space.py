@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 
 from ..core import registry
-from ..core.encoding import WITH_ZEROS
+from ..core.encoding import holds_zeros
 from ..core.recipe import Recipe
 from ..core.step import Between, OneOf, Place, Step, knobs, step
 from ..core.target import Target
@@ -134,7 +134,7 @@ def _unusable(kind: type[Step], task: Task, target: Target, objective: str, epoc
         return f"it makes nothing better in {objective}"
     if missing := target.refuses(kind.makes):
         return f"the target {target.name} does not carry {', '.join(missing)}"
-    if kind.place is Place.SPARSIFY and not (WITH_ZEROS & target.carries):
+    if kind.place is Place.SPARSIFY and not any(map(holds_zeros, target.carries)):
         return f"the target {target.name} stores zeros as plain numbers, so they make nothing smaller or faster"
     if kind.trains and not task.has("train"):
         return f"task {task.name} has no training data"

@@ -43,30 +43,3 @@ def relative(scores: Tensor) -> Tensor:
 def cubic(final: float, t: float, start: float = 0.0) -> float:
     """Sparsity at time `t` in [0, 1] on the way from `start` to `final` (Zhu and Gupta, arXiv:1710.01878)."""
     return final + (start - final) * (1 - min(max(t, 0.0), 1.0)) ** 3
-
-
-def keep_largest(score: Tensor, count: int) -> Tensor:
-    """A boolean mask of the shape of `score` that is True for exactly `count` entries: the largest; of equal ones the
-    first.
-    """
-    order = torch.sort(score.flatten(), descending=True, stable=True).indices
-    keep = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    keep[order[:count]] = True
-    return keep.reshape(score.shape)
-
-
-def keep_largest_of_all(scores: list[Tensor], share: float, least: float = 0.0) -> list[Tensor]:
-    """One mask per tensor; together they keep exactly `share` of all entries (rounded), the largest.
-
-    Each tensor keeps at least a share of `least` of its own entries, and at least one, whatever the others have;
-    where these alone are more than `share`, only they are kept.
-    """
-    sure = [keep_largest(score, max(1, round(min(least, share) * score.numel()))) for score in scores]
-    total = sum(score.numel() for score in scores)
-    rest = max(0, round(share * total) - sum(int(mask.sum()) for mask in sure))
-    flat = torch.cat(
-        [score.masked_fill(mask, -1).flatten() for score, mask in zip(scores, sure)]
-    )  # scores are not negative
-    more = keep_largest(flat, rest)
-    parts = more.split([score.numel() for score in scores])
-    return [mask | part.reshape(mask.shape) for mask, part in zip(sure, parts)]

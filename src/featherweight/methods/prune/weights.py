@@ -1,170 +1,313 @@
-"""Magnitude pruning: single connections are set to zero and held there."""
+"""prune.weights: single connections, or patterns of them, are set to zero and held there."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 
 from ...core.context import Context
 from ...core.fit import Training
-from ...core.soft import Link, Mask
 from ...core.step import Between, OneOf, Place, Trait
+from ...model.masks import drop_empty
+from ...model.moments import Moments, observe
 from ...model.select import LayerStep
-from .scores import cubic, keep_largest_of_all
+from .connections import Connections, connections, observable
+from .gradients import first_order_scores, fisher_scores
+from .inputs import UPDATING, Rule, aim, block_by_block, in_chunks, in_order, usable
+from .movement import Moving, exchange
+from .patterns import Pattern, masks
+from .saliency import magnitude
+from .scores import cubic
+from .sensitivity import Pruned, by_sensitivity
 
-TYPES = (nn.Linear, _ConvNd)
 RAMP = 0.7  # share of the training during which the sparsity rises; the rest heals
+GROUPS = r"[1-9]\d*:[1-9]\d*"  # n:m
 UPDATES = 100  # how often masks change on the way
-Masks = dict[str, tuple[nn.Module, Mask]]
+BY_INPUTS = ("wanda", "activation", *UPDATING)
+Score = Literal["magnitude", "taylor", "fisher", "wanda", "activation", "movement", "obs", "sparsegpt"]
+Held = Mapping[str, Connections]
 
 
 class WeightPruning(LayerStep, kind="prune.weights"):
-    """Set the weights of smallest magnitude of linear layers and convolutions to zero and hold them there.
+    """Set the connections of least worth in linear layers and convolutions to zero and hold them there.
 
-    `sparsity` is the share of zeros among the weights of the chosen layers: over all of them together (`scope`
-    "global", where each layer keeps at least `min_keep` of its weights) or in each. With `retrain` the network is
-    trained under the masks; with `gradual` as well the sparsity rises during the first 70% of that training on a
-    cubic curve (arXiv:1710.01878). Weights that are zero already stay so: a second pass tightens the masks of the
-    first. Biases, embeddings and shared weights are left alone.
+    `sparsity` is the share of zeros among the weights of the chosen layers. `score` says what a connection is worth:
+    its `magnitude`; what the loss changes by without it, to first order (`taylor`) or with the diagonal of the Fisher
+    information (`fisher`: Optimal Brain Damage); what it carries, by the norm of its input (`wanda`) or the mean size
+    of it (`activation`); whether training moves it away from zero (`movement`); or what the layer's output changes by
+    once the others have made up for it: `obs` takes the cheapest next weight of each row exactly, `sparsegpt` goes
+    column by column. With these two the other weights change too; `damping` is the share of the mean diagonal added to
+    the second moment of the inputs, and `compensate` measures the error from where the original network was. What looks
+    at inputs goes through the repeated blocks one after the other, each with inputs from the pruned ones before it.
+    `pattern`: "none" takes single weights, [r, c] blocks of r outputs and c inputs, "row" whole outputs, "n:m" keeps n
+    of every m neighbours. `scope` says what competes: weights of all layers (each keeps at least `min_keep`), of a
+    layer, or of a row (an output); by default as in the score's paper. `allocation` gives every layer the same sparsity
+    or, by `sensitivity`, the one for which the losses measured with one layer pruned at a time add up to least.
+    `schedule`: `once`, then `retrain`; `gradual` raises the sparsity on a cubic curve in the first 70% of `retrain`;
+    `rounds` prunes and retrains that many times. With `rewind` the network is trained before the first round as well,
+    and before each retraining all weights go back to where they were at that share of the first (the lottery ticket).
+    Weights that are zero already stay so. Biases, embeddings and shared weights are left alone.
+    Raises `NotFinite` if calibration meets NaN.
     """
 
-    takes = Trait.RESHAPABLE
-    paper = "arXiv:1506.02626, arXiv:1710.01878"
-    place = Place.SPARSIFY
+    takes: ClassVar[Trait] = Trait.RESHAPABLE
+    place: ClassVar[Place | None] = Place.SPARSIFY
+    paper: ClassVar[str] = (
+        "arXiv:1506.02626, arXiv:1710.01878, arXiv:1906.10771, arXiv:2306.11695, arXiv:2005.07683, arXiv:2208.11580, "
+        "arXiv:2301.00774, arXiv:1803.03635, arXiv:1903.01611"
+    )
 
     sparsity: Annotated[float, Field(gt=0, lt=1), Between(0.1, 0.95)] = 0.5
-    scope: Annotated[Literal["global", "layer"], OneOf("global", "layer")] = "global"
+    score: Annotated[Score, OneOf("magnitude", "fisher", "wanda", "sparsegpt")] = "magnitude"
+    pattern: Annotated[str, Field(pattern=rf"^(none|row|{GROUPS})$")] | tuple[PositiveInt, PositiveInt] = "none"
+    scope: Literal["global", "layer", "row"] | None = None
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
     min_keep: Annotated[float, Field(ge=0, le=1)] = 0.02
-    gradual: bool = True
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    compensate: bool = False
+    schedule: Literal["once", "gradual", "rounds"] = "once"
+    rounds: Annotated[int, Field(ge=1, le=100)] = 3
+    rewind: Annotated[float, Field(ge=0, lt=1)] | None = None
     retrain: Training | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, given: Any) -> Any:
+        """A pattern n:m says the sparsity itself."""
+        pattern = given.get("pattern") if isinstance(given, dict) else None
+        if isinstance(pattern, str) and re.fullmatch(GROUPS, pattern) and "sparsity" not in given:
+            kept, of = map(int, pattern.split(":"))
+            return {**given, "sparsity": 1 - kept / of} if kept < of else given
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> WeightPruning:
+        problem = self._pattern_problem() or self._scope_problem() or self._schedule_problem()
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def _changed(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def _pattern_problem(self) -> str:
+        shape = self.shape
+        if shape.of and not 0 < shape.kept < shape.of:
+            return f"the pattern {shape.name} keeps everything; n:m needs n below m"
+        if shape.of and abs(self.sparsity - (1 - shape.kept / shape.of)) > 1e-6:
+            return f"the pattern {shape.name} has a sparsity of {1 - shape.kept / shape.of:g}; leave sparsity out"
+        if shape.of and (self.scope is not None or self.allocation != "uniform"):
+            return f"with the pattern {shape.name} every group of {shape.of} competes; leave scope and allocation out"
+        if shape.name == "row" and (self.score in UPDATING or self.scope == "row"):
+            return "whole rows compete with other rows, and none makes up for another; take another score or scope"
+        if self.score == "obs" and not shape.of and shape.name:
+            return "obs takes single weights or n:m; for blocks use sparsegpt"
+        return ""
+
+    def _scope_problem(self) -> str:
+        if self.score in BY_INPUTS and self.scope == "global":
+            return f"scores of {self.score} say nothing across layers; set scope: layer or row"
+        if self.allocation == "sensitivity" and (self.competing == "global" or self.score == "movement"):
+            return "allocation by sensitivity needs scores before training that compete within layers; set scope: layer"
+        if self._changed("min_keep") and self.competing != "global" and self.allocation == "uniform":
+            return "min_keep is for what competes across layers (scope: global, or allocation: sensitivity)"
+        if self.score not in UPDATING and (self._changed("damping") or self.compensate):
+            return f"damping and compensate are settings of obs and sparsegpt; leave them out with {self.score}"
+        return ""
+
+    def _schedule_problem(self) -> str:
+        if self.schedule != "once" and self.retrain is None:
+            return f"the schedule {self.schedule} needs a training: set retrain"
+        if self.schedule != "gradual" and self.score == "movement":
+            return "movement is learned while the sparsity rises; set schedule: gradual"
+        if self.schedule == "gradual" and self.score not in ("magnitude", "movement"):
+            return f"a gradual schedule follows magnitude or movement; with {self.score} use schedule: rounds"
+        if self.schedule != "rounds" and (self._changed("rounds") or self.rewind is not None):
+            return "rounds and rewind are settings of schedule: rounds"
+        if self.rewind is not None and self.score in UPDATING:
+            return f"rewind takes back what {self.score} changes in the weights; leave it out, or take another score"
+        return ""
+
+    @property
+    def shape(self) -> Pattern:
+        """The pattern of zeros."""
+        return Pattern.of_setting(self.pattern)
+
+    @property
+    def competing(self) -> str:
+        """What competes: as set, or as in the score's paper, or what the other settings leave."""
+        if self.scope is not None:
+            return self.scope
+        if self.score == "wanda" and self.shape.name != "row":
+            return "row"
+        return "layer" if self.score in BY_INPUTS or self.allocation == "sensitivity" else "global"
+
+    def alone(self) -> WeightPruning:
+        """Without what makes up for other layers or weighs them against each other."""
+        return self.model_copy(update={"compensate": False, "allocation": "uniform"})
+
+    # -- the step --------------------------------------------------------------------------------------------------
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        masks = self._masks(model, ctx)
-        open_ = {
-            name: pair for part in self._parts(masks) if zeros(part) < self.sparsity for name, pair in part.items()
-        }
-        for name in masks.keys() - open_.keys():
-            share = zeros({name: masks[name]} if self.scope == "layer" else masks)
-            ctx.leave(name, f"{share:.1%} of the weights are zero already, sparsity={self.sparsity} asks for no more")
-        if open_:
-            before = {name: int(mask.keep.sum()) for name, (_, mask) in open_.items()}
-            if self.retrain is not None and self.gradual:
-                self._rise(model, ctx, open_, min(zeros(part) for part in self._parts(open_)))
+        every = connections(self, model, ctx, self.shape)
+        held = self._open(self._seen(every, ctx), ctx)
+        before = {name: int(each.mask.keep.sum()) for name, each in held.items()}
+        if held:
+            wanted = self._wanted(model, ctx, held)
+            if self.schedule == "gradual":
+                self._rise(model, ctx, held, wanted)
+            elif self.schedule == "rounds":
+                self._in_rounds(model, ctx, held, wanted)
             else:
-                self._tighten(open_, self.sparsity)
-                if self.retrain is not None and any(int(open_[name][1].keep.sum()) < before[name] for name in open_):
+                self._prune(model, ctx, held, wanted)
+                if self.retrain is not None and any(int(held[name].mask.keep.sum()) < before[name] for name in held):
                     ctx.fit(model, self.retrain, text=f"retraining after {self.kind}")
-            self._report(open_, before, ctx)
-        drop_empty(masks)
+            self._report(held, before, ctx)
+        drop_empty([each.layer for each in every.values()])
         return model
 
-    def _parts(self, masks: Masks) -> list[Masks]:
-        """The masks that share one sparsity: all, or each by itself."""
-        return [masks] if self.scope == "global" else [{name: pair} for name, pair in masks.items()]
+    def _seen(self, every: Held, ctx: Context) -> Held:
+        """The layers whose inputs can be seen, where the score needs them."""
+        hidden = [name for name, each in every.items() if self.score in BY_INPUTS and not observable(each.layer)]
+        for name in hidden:
+            ctx.leave(name, f"its inputs cannot be lined up with its weights, which {self.score} needs")
+        return {name: each for name, each in every.items() if name not in hidden}
 
-    def _report(self, masks: Masks, before: dict[str, int], ctx: Context) -> None:
-        for name, (_, mask) in masks.items():
-            if int(mask.keep.sum()) < before[name]:
-                ctx.change(name, f"{1 - float(mask.keep.float().mean()):.1%} of {mask.keep.numel()} weights are zero")
+    def _open(self, every: Held, ctx: Context) -> Held:
+        """The layers that have fewer zeros than asked for; where all compete, all of them or none."""
+        joint, found = zeros(every), {}
+        for name, each in every.items():
+            share = joint if self.competing == "global" else each.zeros
+            if share < self.sparsity:
+                found[name] = each
             else:
-                ctx.leave(name, f"all of its {before[name]} weights are larger than those that had to go")
-
-    def _masks(self, model: nn.Module, ctx: Context) -> Masks:
-        """The mask of every chosen layer, put there where there is none yet."""
-        for name, reason in uncovered(model):
-            ctx.leave(name, reason)
-        shared = shared_weights(model)
-        found: Masks = {}
-        for name, layer in self.layers(model, ctx, TYPES):
-            if name in shared:
-                ctx.leave(name, f"its weight is shared with {shared[name]}")
-                continue
-            links = links_of(layer)
-            masks = [link for link in links if isinstance(link, Mask)]
-            if links and not masks:
-                ctx.leave(name, f"its weight is stored in another form already ({type(links[0]).__name__})")
-                continue
-            found[name] = (layer, masks[0] if masks else new_mask(layer))
+                ctx.leave(
+                    name, f"{share:.1%} of the weights are zero already, sparsity={self.sparsity} asks for no more"
+                )
         return found
 
-    def _rise(self, model: nn.Module, ctx: Context, masks: Masks, start: float) -> None:
+    def _report(self, held: Held, before: dict[str, int], ctx: Context) -> None:
+        for name, each in held.items():
+            if int(each.mask.keep.sum()) < before[name]:
+                each.mask.pattern = self.shape.name
+                how = f" in the pattern {self.shape.name}" if self.shape.name else ""
+                ctx.change(name, f"{each.zeros:.1%} of {each.mask.keep.numel()} weights are zero{how}")
+            elif name not in {left.layer for left in ctx.record.left}:
+                ctx.leave(name, f"all of its {before[name]} weights are worth more than those that had to go")
+
+    # -- when --------------------------------------------------------------------------------------------------------
+    def _rise(self, model: nn.Module, ctx: Context, held: Held, wanted: dict[str, float]) -> None:
+        """Train while the sparsity rises; movement pruning gathers its scores on the way."""
         assert self.retrain is not None
+        start = {name: zeros(held) if self.competing == "global" else each.zeros for name, each in held.items()}
+        moving = self.score == "movement"
+        shown = {name: exchange(each, Moving(each.mask)) if moving else each for name, each in held.items()}
         done = -1
 
         def during(_model: nn.Module, t: float) -> None:
             nonlocal done
-            if int(t * UPDATES) > done:
+            if int(t * UPDATES) > done and (t <= RAMP or done < int(RAMP * UPDATES)):
                 done = int(t * UPDATES)
-                self._tighten(masks, cubic(self.sparsity, t / RAMP, start))
+                self._prune(model, ctx, shown, {name: cubic(wanted[name], t / RAMP, start[name]) for name in held})
 
         ctx.fit(model, self.retrain, during=during, text=f"{self.kind} at rising sparsity")
-        self._tighten(masks, self.sparsity)
+        for name, each in shown.items() if moving else ():
+            exchange(each, held[name].mask)
 
-    @torch.no_grad()
-    def _tighten(self, masks: Masks, sparsity: float) -> None:
-        """Set the masks to exactly this sparsity; where `scope` is "layer" in each layer."""
-        for part in self._parts(masks):
-            scores = [layer.weight.detach().abs() for layer, _ in part.values()]  # type: ignore[operator]
-            for (_, mask), keep in zip(part.values(), keep_largest_of_all(scores, 1 - sparsity, self.min_keep)):
-                mask.keep.copy_(keep & mask.keep)
+    def _in_rounds(self, model: nn.Module, ctx: Context, held: Held, wanted: dict[str, float]) -> None:
+        """Prune and train, `rounds` times; each round takes the same share of what the one before it left."""
+        assert self.retrain is not None
+        start = {name: zeros(held) if self.competing == "global" else each.zeros for name, each in held.items()}
+        early = None if self.rewind is None else self._first_training(model, ctx, self.rewind)
+        for turn in range(1, self.rounds + 1):
+            left = {name: (1 - wanted[name]) / (1 - start[name]) for name in held}
+            self._prune(model, ctx, held, {n: 1 - (1 - start[n]) * left[n] ** (turn / self.rounds) for n in held})
+            if early is not None:
+                model.load_state_dict(early, strict=False)
+            ctx.fit(model, self.retrain, text=f"retraining after round {turn} of {self.kind}")
+
+    def _first_training(self, model: nn.Module, ctx: Context, place: float) -> dict[str, Tensor]:
+        """Train once; gives all tensors but the masks as they were at `place` of the training."""
+        assert self.retrain is not None
+        found: dict[str, Tensor] = {}
+
+        def during(model: nn.Module, t: float) -> None:
+            if t >= place and not found:
+                state = model.state_dict()
+                found.update({name: each.clone() for name, each in state.items() if not name.endswith(".keep")})
+
+        ctx.fit(model, self.retrain, during=during, text=f"training before {self.kind}")
+        return found
+
+    # -- which -------------------------------------------------------------------------------------------------------
+    def _prune(self, model: nn.Module, ctx: Context, held: Held, wanted: Mapping[str, float]) -> None:
+        """Bring every layer to its wanted sparsity (where all compete: all together to the one they share)."""
+        if self.score in BY_INPUTS:
+            return self._by_inputs(model, ctx, held, wanted)
+        self._mask(held, self._scores(model, ctx, held), wanted)
+        return None
+
+    def _scores(self, model: nn.Module, ctx: Context, held: Held) -> dict[str, Tensor]:
+        if self.score == "taylor":
+            return first_order_scores(model, ctx, held)
+        if self.score == "fisher":
+            return fisher_scores(model, ctx, held)
+        if self.score == "movement":
+            return {name: each.matrix(each.mask.score) for name, each in held.items() if isinstance(each.mask, Moving)}
+        return {name: magnitude(each.weight) for name, each in held.items()}
+
+    def _mask(self, held: Held, scores: Mapping[str, Tensor], wanted: Mapping[str, float]) -> None:
+        # movement judges masked weights too: they may come back, but for those pruned before this step
+        open_ = {n: each.matrix(each.before) if self.score == "movement" else each.allowed for n, each in held.items()}
+        barred = [scores[name].masked_fill(~open_[name], -torch.inf) for name in held]
+        found = masks(barred, [wanted[name] for name in held], self.shape, self.competing, self.min_keep)
+        for (name, each), keep in zip(held.items(), found):
+            each.put(keep & open_[name])
+
+    def _by_inputs(self, model: nn.Module, ctx: Context, held: Held, wanted: Mapping[str, float]) -> None:
+        def solve(each: Connections, moments: Moments) -> None:
+            if usable(each, moments, ctx):
+                weight = aim(each, moments, self.damping, ctx)
+                each.put(*self._rule(each, moments, weight, ctx, wanted[each.name]))
+
+        block_by_block(model, ctx, held, self.compensate, solve)
+
+    @property
+    def _rule(self) -> Rule:
+        return Rule(self.score, self.shape, self.competing, self.damping)
+
+    # -- how much of each layer ------------------------------------------------------------------------------------
+    def _wanted(self, model: nn.Module, ctx: Context, held: Held) -> dict[str, float]:
+        """The sparsity that each layer ends with."""
+        if self.allocation == "uniform":
+            return dict.fromkeys(held, self.sparsity)
+        alone = self._alone(model, ctx, held)
+        found = by_sensitivity(model, ctx, held, alone, self.sparsity, self.min_keep)
+        return {name: found.get(name, self.sparsity) for name in held}
+
+    def _alone(self, model: nn.Module, ctx: Context, held: Held) -> Iterator[tuple[str, Pruned]]:
+        """For each layer what prunes it alone, with the network as it is around it."""
+        if self.score not in BY_INPUTS:
+            for name, score in self._scores(model, ctx, held).items():
+                yield name, partial(self._mask_alone, score.masked_fill(~held[name].allowed, -torch.inf))
+            return
+        for some in in_chunks(held):
+            for name, moments in observe(model, list(some), ctx).items():
+                # one without inputs is left alone, and said so, when it is its turn to be pruned
+                if moments.hessian is not None and bool(moments.hessian.any()):
+                    each = some[name]
+                    yield name, partial(self._rule, each, in_order(each, moments), each.weight, ctx)
+
+    def _mask_alone(self, score: Tensor, share: float) -> tuple[Tensor, None]:
+        return masks([score], [share], self.shape, self.competing)[0], None
 
 
-def links_of(layer: nn.Module) -> list[Link | nn.Module]:
-    """The links on a layer's weight, from first to last."""
-    return list(layer.parametrizations["weight"]) if parametrize.is_parametrized(layer, "weight") else []  # type: ignore[index]
-
-
-def new_mask(layer: nn.Module) -> Mask:
-    """A mask on a layer's weight that holds back nothing yet."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    mask = Mask(torch.ones_like(weight, dtype=torch.bool))
-    parametrize.register_parametrization(layer, "weight", mask)
-    return mask
-
-
-def drop_empty(masks: Masks) -> None:
-    """Take masks away that hold back nothing: a model that is as before must not look changed."""
-    for layer, mask in masks.values():
-        if len(links_of(layer)) == 1 and bool(mask.keep.all()):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-
-
-def zeros(masks: Masks) -> float:
-    """The share of weights that the masks hold at zero."""
-    total = sum(mask.keep.numel() for _, mask in masks.values())
-    return 1 - sum(int(mask.keep.sum()) for _, mask in masks.values()) / total if total else 0.0
-
-
-def uncovered(model: nn.Module) -> list[tuple[str, str]]:
-    """Modules with matrices of their own that this method does not work on, and why."""
-    found = []
-    for name, module in model.named_modules():
-        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)) and not isinstance(module, TYPES):
-            reason = (
-                "its rows are looked up, not multiplied"
-                if isinstance(module, nn.Embedding)
-                else "not a linear layer or a convolution"
-            )
-            if not isinstance(module, parametrize.ParametrizationList):
-                found.append((name or type(module).__name__, f"{type(module).__name__}: {reason}"))
-    return found
-
-
-def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight another module uses too, and the name of that one."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() > 1:
-                holders.setdefault(id(parameter), []).append(name)
-    return {
-        name: next(other for other in names if other != name)
-        for names in holders.values()
-        if len(names) > 1
-        for name in names
-    }
+def zeros(held: Held) -> float:
+    """The share of weights that the masks of these layers hold at zero."""
+    total = sum(each.mask.keep.numel() for each in held.values())
+    return 1 - sum(int(each.mask.keep.sum()) for each in held.values()) / total if total else 0.0

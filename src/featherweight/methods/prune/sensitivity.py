@@ -1,0 +1,56 @@
+"""What pruning each layer alone costs the whole network: the rise of the task's loss over the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...core.context import Context
+from ...core.errors import NotFinite
+from .allocation import allocate, levels
+from .connections import Connections
+
+Pruned = Callable[[float], tuple[Tensor, Tensor | None]]  # sparsity -> mask and weights of one layer
+
+
+def by_sensitivity(
+    model: nn.Module,
+    ctx: Context,
+    held: Mapping[str, Connections],
+    alone: Iterator[tuple[str, Pruned]],
+    sparsity: float,
+    least: float,
+) -> dict[str, float]:
+    """The sparsity of each layer, `sparsity` in all, for which the losses measured with one layer pruned add up to
+    least.
+
+    `alone` gives for each layer what prunes it; each is tried at a few sparsities and put back.
+    """
+    losses: dict[str, dict[float, float]] = {}
+    before = calibration_loss(model, ctx)
+    for name, pruned in ctx.progress.track(alone, "what pruning each layer alone costs", len(held)):
+        each, state = held[name], held[name].state
+        losses[name] = {}
+        for share in levels(sparsity, each.zeros, least):
+            each.put(*pruned(share))
+            losses[name][share] = calibration_loss(model, ctx) - before
+            each.put(*state)
+    known = {name: each for name, each in held.items() if name in losses}
+    counts = {name: each.mask.keep.numel() for name, each in known.items()}
+    return allocate(losses, counts, sparsity, {name: each.zeros for name, each in known.items()})
+
+
+@torch.no_grad()
+def calibration_loss(model: nn.Module, ctx: Context) -> float:
+    """The mean of the task's loss over the inputs of the calibration data."""
+    total, seen = 0.0, 0
+    model.to(ctx.device).eval()
+    for batch in ctx.batches("calibrate"):
+        count = ctx.task.count(batch)
+        total += count * float(ctx.task.loss(ctx.task.call(model, batch), batch))
+        seen += count
+    if not torch.isfinite(torch.tensor(total)):
+        raise NotFinite("the loss over the calibration data is NaN or infinite, so layers cannot be compared by it")
+    return total / max(1, seen)
