@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.core.context import Context
 from featherweight.model.blocks import remove_blocks
@@ -36,4 +37,9 @@ class LayerDrop(BlockSkipping, kind="sparse.layerdrop"):
         gone = [name for place, name in enumerate(names) if place not in kept]
         for name in gone:
             ctx.change(name, "taken away after training without it now and then")
+        if gone and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            ctx.warn(
+                f"{self.kind}: batch norms hold statistics of networks of all depths; with keep 1 here and prune.blocks "
+                "behind it, prune.blocks takes them anew"
+            )
         return remove_blocks(model, gone)

@@ -42,7 +42,7 @@ class StructuredDropout(LayerStep, Training, kind="sparse.structured_dropout"):
         groups, reasons = self._groups(model, ctx)
         layers = cuts(groups)
         for name, module in model.named_modules():
-            if isinstance(module, TYPES) and name not in layers:
+            if isinstance(module, TYPES) and (name not in layers or excluded(name, self.only, self.skip)):
                 ctx.leave(name, reasons.get(name, "its units go elsewhere than into the inputs of other layers"))
         if not groups:
             return model
@@ -68,11 +68,7 @@ class StructuredDropout(LayerStep, Training, kind="sparse.structured_dropout"):
         modules, found = dict(model.named_modules()), []
         reasons = {name.rpartition(".")[0]: why for (name, dim), why in coupling.fixed.items() if dim == 0}
         for place, group in enumerate(coupling.groups):
-            owners = {name.rpartition(".")[0] for name, _ in group.places}
-            reason = self._obstacle(coupling, place, modules) or next(
-                (why for name in sorted(owners) if (why := excluded(name, self.only, self.skip))), ""
-            )
-            if reason:
+            if reason := self._obstacle(coupling, place, modules):
                 reasons |= {name.rpartition(".")[0]: reason for name, dim in group.places if dim == 0}
             else:
                 found.append(self._units(group))
@@ -105,8 +101,11 @@ class StructuredDropout(LayerStep, Training, kind="sparse.structured_dropout"):
             if why := _unfit(modules[name.rpartition(".")[0]]):
                 return f"{name.rpartition('.')[0]} {why}"
         matrices = [(name, dim) for name, dim in group.places if len(coupling.shapes[name]) > 1]
-        if sum(dim == 0 for _, dim in matrices) != 1:
+        makers = [name.rpartition(".")[0] for name, dim in matrices if dim == 0]
+        if len(makers) != 1:
             return "its units are those of several layers at once"
+        if why := excluded(makers[0], self.only, self.skip):
+            return why
         return "" if any(dim == 1 for _, dim in matrices) else "no layer takes its units in"
 
 
