@@ -53,8 +53,10 @@ def mnist_lenet300() -> Task:
     return task("mnist-lenet300", lenet300, Training(epochs=15, lr=2e-3, weight_decay=1e-2, batch_size=128), reach=1)
 
 
-def task(name: str, make: Callable[[], nn.Module], training: Training, reach: int) -> Task:
-    """MNIST for the network that `make` gives; training images are shifted by up to `reach` pixels."""
+def task(name: str, make: Callable[[], nn.Module], training: Training, reach: int, seed: int = 0) -> Task:
+    """MNIST for the network that `make` gives, trained from scratch with `seed`; training images are shifted by up to
+    `reach` pixels.
+    """
     source = Source(name, FILE, "load.py")
     images = source.cached(FILE, VERSION, lambda: read(source))
     order = balanced_order(images["train_y"])
@@ -74,7 +76,7 @@ def task(name: str, make: Callable[[], nn.Module], training: Training, reach: in
         notes="Of the 60,000 training images 55,000 train (the first 512 calibrate) and 5,000 validate, stratified and "
         "seeded; 10,000 test.",
     )
-    return replace(made, model=trained(made, make, training))
+    return replace(made, model=trained(made, make, training, seed))
 
 
 def read(source: Source) -> dict[str, Tensor]:
