@@ -39,7 +39,7 @@ class LayerDrop(BlockSkipping, kind="sparse.layerdrop"):
             ctx.change(name, "taken away after training without it now and then")
         if gone and any(isinstance(module, _BatchNorm) for module in model.modules()):
             ctx.warn(
-                f"{self.kind}: batch norms hold statistics of networks of all depths; with keep 1 here and prune.blocks "
-                "behind it, prune.blocks takes them anew"
+                f"{self.kind}: batch norms hold statistics of networks of all depths; with keep 1 here and "
+                "prune.blocks behind it, prune.blocks takes them anew"
             )
         return remove_blocks(model, gone)
