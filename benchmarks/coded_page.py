@@ -16,8 +16,8 @@ several settings, from coarse to fine, until one file loses no more than the lim
 smallest within the limit on the validation split, by which a user would choose, and the smallest within it on the test
 split. *At equal accuracy*: how many times smaller than nncodec's our files are on the average over all losses on the
 test split that both reach, up to ten times the limit; sizes between two settings are interpolated (as Bjontegaard's
-rate, VCEG-M33, by straight lines). Brackets are 95% intervals. The file is the whole file (ours holds the skeleton of the
-network and digests too); its ratio is to the parameters in float32. Seconds are those of the processor, one thread.
+rate, VCEG-M33, by straight lines). Brackets are 95% intervals. The file is the whole file (ours holds the skeleton of
+the network and digests too); its ratio is to the parameters in float32. Seconds are of the processor, one thread.
 *Before*: calibration, rounding, and training where there is any; nncodec rounds while it codes. *Coding* and
 *decoding*: of all tensors, the least of several times for ours.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .tables import POINT, Ints, class_of, level
+from .tables import LEVELS, POINT, Ints, class_of, level
 
 BAND = 2**16  # entries of a band, about
 DIAGONALS = 8
@@ -53,6 +53,12 @@ def passes(rows: int, columns: int) -> tuple[Pass, ...]:
     return tuple(found)
 
 
+@functools.cache
+def classes_of_sums() -> NDArray[np.uint8]:
+    """The class of a row's level plus a column's less that of all, from three times the lowest level on."""
+    return class_of(np.arange(-3 * LEVELS, 3 * LEVELS + 1, dtype=np.int64))
+
+
 @dataclass
 class Sums:
     """Sums of magnitudes and counts: of all columns, of the rows of the band at hand, and of everything. `mean` (with
@@ -74,14 +80,14 @@ class Sums:
     def classes(self, part: Pass) -> NDArray[np.uint8]:
         """The class of each entry of a pass: its row's mean times its column's, over the mean of all."""
         mean = ((self.total << POINT) + BEFORE * self.mean) // (self.count + BEFORE)
-        rows = level(((self.rows << POINT) + BEFORE * mean) // (self.row_counts + BEFORE))
-        columns = level(((self.columns << POINT) + BEFORE * mean) // (self.column_counts + BEFORE))
-        columns -= level(np.array([mean], np.int64))
-        low = int(rows.min()) + int(columns.min())
-        table = class_of(np.arange(low, int(rows.max()) + int(columns.max()) + 1, dtype=np.int64))
-        above = (rows - rows.min()).astype(np.int16)[part.rows]
-        above += (columns - columns.min()).astype(np.int16)[part.columns]
-        return table[above]
+        sums = np.concatenate([self.rows, self.columns, (self.total,)]) << POINT
+        counts = np.concatenate([self.row_counts, self.column_counts, (self.count,)])
+        sums += BEFORE * mean
+        sums[-1] = mean * (self.count + BEFORE)
+        counts += BEFORE
+        levels = level(sums // counts).astype(np.int16)
+        rows, columns = levels[: len(self.rows)], levels[len(self.rows) : -1]
+        return classes_of_sums()[(rows + (3 * LEVELS - levels[-1]))[part.rows] + columns[part.columns]]
 
     def add(self, magnitudes: Ints, part: Pass) -> None:
         """Count the entries of a pass. The sums of floats are exact: they stay far below 2**53."""
