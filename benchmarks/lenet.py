@@ -86,7 +86,7 @@ STUDIES = {
                 "retrain": training(epochs=0.7, lr=2e-3, weight_decay=1e-3),
             },
         ),
-        priced={"kind": "quantize.entropy", **training(epochs=12, lr=3e-3), "digits": 4},
+        priced={"kind": "quantize.entropy", **training(epochs=10, lr=3e-3), "digits": 4},
         rates=(0.1, 0.3, 0.8),
     ),
 }
