@@ -20,10 +20,10 @@ few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10_000)
 
 
-def matrices(seed: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def matrices(seed: int, rows: int, columns: int, mixed: float = 1.0) -> tuple[Tensor, Tensor]:
     """A weight, and the second moment of correlated inputs that can be inverted; float64."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    mix = mixed * torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
     mix += torch.eye(columns, dtype=torch.float64)
     inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mix
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -285,22 +285,23 @@ def test_gathered_updates_change_nothing(width: int):
     assert torch.allclose(found, plain * keep, rtol=1e-8, atol=1e-8)
 
 
-@few
-@given(seeds)
-def test_making_up_for_what_goes_costs_less_than_not(seed: int):
-    """Both cost less than as many smallest weights; and no weights for the mask of one cost less than refitted ones."""
-    weight, moment = matrices(seed, 16, 16)
-    half = round(weight.numel() / 2)
-    order, rise = removals(weight, moment, 16, torch.ones_like(weight, dtype=torch.bool))
-    exact = refitted(weight, moment, cheapest(order, rise, 16, half))
-    factor = inverse_factor(moment)
-    assert factor is not None
-    everything = torch.ones_like(weight, dtype=torch.bool)
-    columnwise, keep = sparsegpt(weight, factor, lambda s: masks([s], [0.5], Pattern(), "layer")[0], everything)
-    (small,) = masks([weight.abs()], [0.5], Pattern(), "layer")
-    losses = [loss(weight, made, moment) for made in (exact, columnwise, weight * small)]
-    assert max(losses[:2]) < losses[2]
-    assert loss(weight, refitted(weight, moment, keep), moment) <= losses[1] * (1 + 1e-9)
+def test_making_up_for_what_goes_costs_less_than_not():
+    """Exact OBS less than SparseGPT less than as many smallest weights, over ten layers with correlated inputs; and no
+    weights for the mask of SparseGPT cost less than refitted ones.
+    """
+    total = [0.0, 0.0, 0.0]
+    everything = torch.ones(16, 16, dtype=torch.bool)
+    for seed in range(10):
+        weight, moment = matrices(seed, 16, 16, mixed=0.5)
+        exact = refitted(weight, moment, cheapest(*removals(weight, moment, 16, everything), 16, 128))
+        factor = inverse_factor(moment)
+        assert factor is not None
+        made, keep = sparsegpt(weight, factor, lambda s: masks([s], [0.5], Pattern(), "layer")[0], everything)
+        (small,) = masks([weight.abs()], [0.5], Pattern(), "layer")
+        losses = [loss(weight, each, moment) for each in (exact, made, weight * small)]
+        assert loss(weight, refitted(weight, moment, keep), moment) <= losses[1] * (1 + 1e-9)
+        total = [sum(pair) for pair in zip(total, losses)]
+    assert total[0] < 0.8 * total[1] and total[1] < 0.95 * total[2], total
 
 
 def test_a_moment_that_cannot_be_inverted_has_no_factor():

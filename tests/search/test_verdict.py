@@ -5,7 +5,7 @@ import pytest
 from featherweight.core.metric import Metric, mean_squared_error, top1
 from featherweight.core.reading import Reading
 from featherweight.core.run import Budget
-from featherweight.search.verdict import judge_bar, not_faster, ratio_words, slower
+from featherweight.search.verdict import idle_zeros, judge_bar, not_faster, ratio_words, slower
 from featherweight.search.verdict import verdict as sentence
 
 
@@ -145,3 +145,9 @@ def test_weights_that_are_small_but_computed_as_floats_are_said():
     said = "stored as codebook4, uint3 but computed as floats, so smaller and no faster: a.weight and 1 more"
     assert not_faster(stored, evidence) == said
     assert not_faster(stored, {"float_layers": ["c.weight"]}) == "" == not_faster(stored, {})
+
+
+def test_zeros_that_a_runtime_stores_and_computes_with_are_said():
+    assert idle_zeros([], "torch") == ""
+    said = idle_zeros(["a.weight", "b.weight"], "onnxruntime")
+    assert said.startswith("onnxruntime stores the zeros") and said.endswith("smaller or faster: a.weight and 1 more")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from featherweight.core.soft import chains
+from featherweight.core.soft import Mask, chains
 
 from .held import Held
 from .port import DynamicPort, Port
@@ -70,12 +70,18 @@ def weights_before(model: nn.Module, before: nn.Module) -> Instead:
     """For each link of `model` that no longer holds the weight it was put on, that weight, from the model `before`."""
     found: dict[nn.Module, Tensor] = {}
     modules = dict(before.named_modules())
-    for name, _, attribute, links in chains(model):
-        owner = modules.get(name.rpartition(".")[0])
+    for name, module, attribute, links in chains(model):
+        owner, held = modules.get(name.rpartition(".")[0]), module.parametrizations[attribute].original  # type: ignore[union-attr,index]
         for link in links:
-            if isinstance(link, Held) and isinstance(weight := getattr(owner, attribute, None), Tensor):
+            weight = getattr(owner, attribute, None)
+            if isinstance(weight, Tensor) and (isinstance(link, Held) or _made_up(link, held, weight)):
                 found[link] = weight.detach()
     return found
+
+
+def _made_up(link: nn.Module, held: Tensor, before: Tensor) -> bool:
+    """Whether the weights behind a mask have changed, to make up for those that it holds at zero."""
+    return isinstance(link, Mask) and not torch.equal(held, before)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..model import skeleton
 from .judge import ORIGINAL, Judge
 from .output import RUN, work_folder
 from .stages import layers, stages
-from .verdict import judge_bar, not_faster, slower, verdict
+from .verdict import idle_zeros, judge_bar, not_faster, slower, verdict
 
 ARTIFACT, MODEL, REPORT = "artifact", "model", "report.html"
 Axes = Sequence[Axis]
@@ -80,7 +80,7 @@ def finish(recipe: Recipe, end: Ending) -> Run:
         candidates=end.candidates,
         diagnosis=end.diagnosis,
         warnings=[
-            *filter(None, [slower(readings), not_faster(artifact.manifest.stored, artifact.manifest.evidence)]),
+            *filter(None, [slower(readings), *_without_gain(artifact)]),
             *end.warnings,
             *idle,
             *(warning for record in records for warning in record.warnings),
@@ -97,6 +97,12 @@ def finish(recipe: Recipe, end: Ending) -> Run:
     write_text(job.out / "recipe.yaml", yaml.safe_dump(recipe.dump(), sort_keys=False))
     write_run(run, job.out)
     return run
+
+
+def _without_gain(artifact: Artifact) -> list[str]:
+    """What of the artifact's stored forms brings no time, or nothing at all; empty texts where all does."""
+    made = artifact.manifest
+    return [not_faster(made.stored, made.evidence), idle_zeros(made.dense, made.target["name"])]
 
 
 def write_run(run: Run, out: Path) -> None:

@@ -150,8 +150,19 @@ def not_faster(stored: Mapping[str, str], evidence: Mapping[str, Any]) -> str:
     if not small:
         return ""
     forms = ", ".join(sorted({stored[name] for name in small}))
-    named = f"{small[0]} and {len(small) - 1} more" if len(small) > 1 else small[0]
-    return f"stored as {forms} but computed as floats, so smaller and no faster: {named}"
+    return f"stored as {forms} but computed as floats, so smaller and no faster: {_named(small)}"
+
+
+def idle_zeros(dense: Sequence[str], runtime: str) -> str:
+    """A warning if zeros lie on the disk as any other number and are computed with; empty if there are none."""
+    if not dense:
+        return ""
+    zeros = f"{runtime} stores the zeros of pruned weights as any other number and computes with them"
+    return f"{zeros}, so they make nothing smaller or faster: {_named(dense)}"
+
+
+def _named(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _p50(readings: Sequence[Reading], subject: str) -> Reading | None:

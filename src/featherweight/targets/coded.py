@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -68,6 +68,11 @@ class CodedCheckpoint(Target, name="coded"):
 
     def stored(self, path: Path) -> dict[str, str]:
         return {name: form for name, (form, _) in sorted(_weights(_reader(path)).items())}
+
+    def evidence(self, path: Path) -> dict[str, Any]:
+        """Every weight that is held in another form than floats: it is decoded before anything is computed."""
+        page = _reader(path).page
+        return {"float_layers": sorted(page.chains)}
 
     def work(self, path: Path, example: dict[str, np.ndarray]) -> Work:
         from featherweight.model.macs import multiply_accumulates
