@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from ..core import half, scaled, trellis  # noqa: F401  their encodings must be known before one is loaded
+from ..core import additive, half, scaled, trellis  # noqa: F401  their encodings must be known before one is loaded
 from ..core.encoding import Encoding, Sparse
 from ..core.errors import ArtifactError
 from ..core.soft import chains, copied, encodings, own_class

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.additive import Additive, summed
 from ..core.encoding import Affine, Codebook, spread
 from ..core.soft import Link
 
@@ -167,6 +168,50 @@ class HeldIndices(Held, kind="indices"):
     def encode(self, weight: Tensor) -> Codebook:
         size = None if self.size is None else tuple(self.size)
         return Codebook(self.indices, self._stored(self.table), self._stored(self.scale), self.axis, self.group, size)
+
+
+class HeldSums(Held, kind="sums"):
+    """Hold a weight as sums of entries of several tables, times a scale; the tables and the scale can be trained.
+
+    Laid out as `Additive`. The gradient of an entry is the sum over all vectors that it is a part of. Several weights
+    may share one `table` (that of all books, [books, entries, length]).
+    """
+
+    indices: Tensor
+    table: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        indices: Tensor | None = None,
+        table: Tensor | None = None,
+        scale: Tensor | None = None,
+        size: list[int] | None = None,
+        float16: bool = True,
+        dtype: str = "float32",
+        shapes: list[list[int]] | None = None,
+    ):
+        super().__init__()
+        self.size, self.float16, self.dtype = list(size or [0]), float16, dtype
+        if indices is None or table is None or scale is None:
+            kinds = ["uint8", "float32", "float32"]
+            indices, table, scale = _blank(shapes or [[1, 0], [1, 1, 1], []], kinds)
+        self.register_buffer("indices", indices)
+        self.table, self.scale = (nn.Parameter(part.detach().float().clone()) for part in (table, scale))
+
+    def settings(self) -> dict[str, Any]:
+        shapes = [list(part.shape) for part in (self.indices, self.table, self.scale)]
+        return {"size": self.size, "float16": self.float16, "dtype": self.dtype, "shapes": shapes}
+
+    def extra_repr(self) -> str:
+        return f"books={len(self.table)}, entries={self.table.shape[1]}"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        values = summed(self._rounded(self.table), self.indices.long()).reshape(self.size)
+        return (values * self._rounded(self.scale)).to(getattr(torch, self.dtype))
+
+    def encode(self, weight: Tensor) -> Additive:
+        return Additive(self.indices, self._stored(self.table), self._stored(self.scale), tuple(self.size))
 
 
 def _blank(shapes: list[list[int]], kinds: list[str]) -> list[Tensor]:

@@ -8,18 +8,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from featherweight.core.additive import summed
 from featherweight.core.context import Context
 from featherweight.core.errors import NotFinite
 from featherweight.core.fit import Training
 from featherweight.core.step import OneOf, Place, Trait
-from featherweight.model.held import HeldIndices
+from featherweight.model.held import HeldIndices, HeldSums
 from featherweight.model.matrices import Matrix, chosen_matrices, put
 from featherweight.model.moments import observe
 from featherweight.model.select import LayerStep
 
-from .clusters import density_start, error, k_means, linear_start, plus_plus_start
+from .clusters import density_start, k_means, linear_start, plus_plus_start
+from .residual import assign, find_tables
 
 DRAWN = 2**18  # weights on which a table for a large layer is found
+SWEEPS = 10  # how often each of several tables is found anew for what the others leave
 
 
 class CodebookSharing(LayerStep, kind="share.codebook"):
@@ -27,10 +30,12 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
 
     Each weight becomes an index of `bits` bits; with `length` above 1 one index stands for so many neighbours of a row
     (product quantization). A table belongs to a layer, or with `scope` "model" to all of them, each with a scale of its
-    own. `start` places the first entries: evenly over the range, by density, or drawn by distance (k-means++). With
-    `importance` "inputs" errors count by the mean square of what the weight is multiplied with over the calibration
-    data. Weights that are pruned stay 0, which takes one entry. With `retrain` the tables are then trained through the
-    assignment (the gradients of all weights of an entry are summed) with scales, biases and norms; they stay trainable.
+    own. With `codebooks` above 1 it is the sum of one entry of each of so many tables, `bits` bits each, every table
+    found on what the others leave (residual quantization). `start` places the first entries: evenly over the range, by
+    density, or drawn by distance (k-means++). With `importance` "inputs" errors count by the mean square of what the
+    weight is multiplied with over the calibration data. Weights that are pruned stay 0, which takes one entry. With
+    `retrain` the tables are then trained through the assignment (the gradients of all weights of an entry are summed)
+    with scales, biases and norms; they stay trainable.
     Raises `NotFinite` if calibration meets NaN.
     """
 
@@ -39,10 +44,11 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
     makes: ClassVar[frozenset[str]] = frozenset(f"codebook{bits}" for bits in range(1, 9))
     place: ClassVar[Place | None] = None  # on request: for size alone the search has quantize.weights
     gains: ClassVar[frozenset[str]] = frozenset({"size"})
-    paper: ClassVar[str] = "arXiv:1510.00149"
+    paper: ClassVar[str] = "arXiv:1510.00149, arXiv:2401.06118"
 
     bits: Annotated[int, Field(ge=1, le=8), OneOf(5, 4, 3)] = 4
     length: Annotated[int, Field(ge=1, le=16)] = 1
+    codebooks: Annotated[int, Field(ge=1, le=8)] = 1
     scope: Literal["layer", "model"] = "layer"
     start: Literal["linear", "density", "k-means++"] = "density"
     importance: Literal["none", "inputs"] = "inputs"
@@ -50,7 +56,8 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
     retrain: Training | None = None
 
     def forms(self) -> frozenset[str]:
-        return frozenset({f"codebook{self.bits}"})
+        several = f"additive{self.codebooks}x{self.bits}"
+        return frozenset({f"codebook{self.bits}" if self.codebooks == 1 else several})
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         chosen = []
@@ -73,8 +80,8 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
             return f"length={self.length} does not divide its {matrix.columns} inputs"
         if matrix.axis and self.length > 1:
             return "its outputs are not the first dimension of its weight: only single weights share"
-        if matrix.keep is not None and self.length > 1:
-            return "it is pruned, and vectors hold single zeros no longer; use length 1"
+        if matrix.keep is not None and (self.length > 1 or self.codebooks > 1):
+            return "it is pruned, and vectors and sums hold single zeros no longer; use length 1 and one codebook"
         if matrix.parameter().numel() // self.length < 2**self.bits:
             return f"it has no more weights than a table of {self.bits} bits has entries"
         return ""
@@ -107,35 +114,40 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
             for matrix, scale in zip(matrices, scales)
         ]
         pruned = any(matrix.keep is not None for matrix in matrices)
-        table = self._table(torch.cat(points), torch.cat(masses), pruned, ctx)
-        first: HeldIndices | None = None
+        tables = self._tables(torch.cat(points), torch.cat(masses), pruned, ctx)
+        first: HeldIndices | HeldSums | None = None
         for matrix, scale, own, mass in zip(matrices, scales, points, masses):
-            indices = k_means(own, table, iterations=0)[1]
+            indices = assign(own, tables, SWEEPS)
             if matrix.keep is not None:
                 indices = torch.where(matrix.keep.flatten(), indices, 0)
             total = float((own.square().sum(1) * mass).sum())
-            lost = error(own, table, indices, mass) / total if total else 0.0
-            link = _link(matrix, indices, table, scale, self.length, int(pruned))
+            missed = float(((own - summed(tables, indices)).square().sum(1) * mass).sum())
+            link = _link(matrix, indices, tables, scale, self.length, int(pruned))
             if first is not None:
                 link.table = first.table
             first = first or link
             put(matrix, link)
-            ctx.change(matrix.name, f"{matrix.form()}, {100 * lost:.2g}% weighted error")
+            ctx.change(matrix.name, f"{matrix.form()}, {100 * missed / total if total else 0:.2g}% weighted error")
 
-    def _table(self, points: Tensor, mass: Tensor, pruned: bool, ctx: Context) -> Tensor:
-        """The table of least weighted error, [entries, length]; of pruned weights the first entry is 0."""
+    def _tables(self, points: Tensor, mass: Tensor, pruned: bool, ctx: Context) -> Tensor:
+        """Tables of little weighted error, [codebooks, entries, length]; of pruned weights the first entry is 0."""
         generator, entries = ctx.generator(self.kind), 2**self.bits - int(pruned)
         points, mass = points[mass > 0], mass[mass > 0]
         if len(points) > DRAWN:
             drawn = torch.randperm(len(points), generator=generator)[:DRAWN]
             points, mass = points[drawn], mass[drawn]
-        if self.start == "k-means++":
-            table = plus_plus_start(points, entries, generator, mass)
-        else:
-            table = linear_start(points, entries) if self.start == "linear" else density_start(points, entries, mass)
+
+        def start(points: Tensor, mass: Tensor) -> Tensor:
+            if self.start == "k-means++":
+                return plus_plus_start(points, entries, generator, mass)
+            return linear_start(points, entries) if self.start == "linear" else density_start(points, entries, mass)
+
         if pruned:
-            table = torch.cat([torch.zeros_like(table[:1]), table])
-        return k_means(points, table, mass, self.iterations, held=int(pruned))[0].half().float()
+            table = torch.cat([points.new_zeros(1, points.shape[1]), start(points, mass)])
+            tables = k_means(points, table, mass, self.iterations, held=1)[0][None]
+        else:
+            tables = find_tables(points, mass, self.codebooks, start, self.iterations, SWEEPS)
+        return tables.half().float()
 
 
 def _mass(matrix: Matrix, importance: Tensor | None, length: int) -> Tensor:
@@ -152,11 +164,18 @@ def _mass(matrix: Matrix, importance: Tensor | None, length: int) -> Tensor:
     return mass.reshape(-1, length).mean(1)
 
 
-def _link(matrix: Matrix, indices: Tensor, table: Tensor, scale: Tensor, length: int, fixed: int) -> HeldIndices:
+def _link(
+    matrix: Matrix, indices: Tensor, tables: Tensor, scale: Tensor, length: int, fixed: int
+) -> HeldIndices | HeldSums:
+    """What holds the weight: `indices` [books, vectors] of rows of the matrix, laid out as the weight is."""
     weight = matrix.parameter()
     moved = [weight.shape[matrix.axis], *(size for dim, size in enumerate(weight.shape) if dim != matrix.axis)]
-    dtype = str(weight.dtype).removeprefix("torch.")
+    dtype, size = str(weight.dtype).removeprefix("torch."), list(weight.shape)
+    laid = indices.to(torch.uint8)
     if length == 1:
-        laid = indices.reshape(moved).movedim(0, matrix.axis).contiguous()
-        return HeldIndices(laid.to(torch.uint8), table[:, 0], scale, None, dtype=dtype, fixed=fixed)
-    return HeldIndices(indices.to(torch.uint8), table, scale, None, dtype=dtype, fixed=fixed, size=list(weight.shape))
+        laid = laid.reshape(-1, *moved).movedim(1, matrix.axis + 1).contiguous()
+    if len(tables) > 1:
+        return HeldSums(laid.flatten(1), tables, scale, size, dtype=dtype)
+    if length == 1:
+        return HeldIndices(laid[0], tables[0, :, 0], scale, None, dtype=dtype, fixed=fixed)
+    return HeldIndices(laid[0], tables[0], scale, None, dtype=dtype, fixed=fixed, size=size)
