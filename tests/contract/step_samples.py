@@ -18,7 +18,7 @@ registry.load("methods")
 KINDS = sorted(Step.kinds)
 TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
 # what needs rows of blocks: tried there, and only there
-ROWS = frozenset({"prune.blocks", "sparse.layerdrop", "sparse.stochastic_depth"})
+ROWS = frozenset({"prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
 NOTHING_IN = frozenset({("quantize.rotate", "conv")})  # a nonlinearity stands between all of its layers
 
 
