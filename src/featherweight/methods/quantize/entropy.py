@@ -107,7 +107,7 @@ class Grid:
 
     def __init__(self, name: str, layer: nn.Module, coarse: float):
         self.name, self.layer = name, layer
-        weight: Tensor = layer.weight.detach()  # type: ignore[assignment,operator]
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator]
         size = weight[weight != 0].square().mean().sqrt() if bool(weight.any()) else weight.new_ones(())
         self.link = LearnedRounding(coarse * size).to(weight.device)
         parametrize.register_parametrization(layer, "weight", self.link)
