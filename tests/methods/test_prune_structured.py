@@ -69,7 +69,7 @@ def macs(model: nn.Module, task: Task) -> float:
     return counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("score", ["l1", "l2", "bn", "taylor"])
+@pytest.mark.parametrize("score", ["l1", "l2", "bn", "taylor", "fisher"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_share_of_multiply_accumulates_is_reached(score: str, scope: str):
     task = wide_task()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,13 @@ def relative(scores: Tensor) -> Tensor:
 def cubic(final: float, t: float, start: float = 0.0) -> float:
     """Sparsity at time `t` in [0, 1] on the way from `start` to `final` (Zhu and Gupta, arXiv:1710.01878)."""
     return final + (start - final) * (1 - min(max(t, 0.0), 1.0)) ** 3
+
+
+def group_fisher(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Square of the first-order change of the loss when units are taken out of all coupled weights together.
+
+    `parts` holds weights and gradients of each coupled parameter, units x entries. The changes are summed before they
+    are squared: for the gradients of one input the mean over inputs is a unit's entry in the diagonal of the Fisher
+    information of masks (Liu et al., arXiv:2108.00708, equations 4 to 6).
+    """
+    return torch.stack([(weights * gradients).sum(1) for weights, gradients in parts]).sum(0).square()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...core.context import Context
-from ...core.errors import TaskError
 from ...core.fit import Training
 from ...core.step import Between, OneOf, Place, Trait
 from ...model.cost import macs, parameters
 from ...model.cut import agreeing, remove, shell
-from ...model.groups import Coupling, Cut, Group, Slot, couple, tensors
+from ...model.groups import Coupling, Cut, Slot, couple, tensors
 from ...model.select import LayerStep, excluded, unused
+from .changes import loss_changes
 from .latency import measure
 from .layers import layers, producers, widths
 from .plan import Limits, Price, by_rank, by_share, limits
 from .recalibrate import recalibrate
-from .scores import l1, l2, relative, slices, taylor
+from .scores import l1, l2, relative, slices
 
 Scores = dict[int, Tensor]  # group -> one score per unit
 SHORT = 0.02  # how far from the asked share a result may end without a warning
@@ -38,10 +38,10 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
     only go together are found by `featherweight.model.groups`, and their removal is checked against silencing them
     every time. A unit's score is the sum over all its slices in all coupled parameters: of magnitudes (`l1`), squares
     (`l2`, then the root), batch-norm scales (`bn`), or, on the calibration data, of the squared first-order change of
-    the task's loss (`taylor`, arXiv:1906.10771). `scope` "global" ranks the units of all groups together, "layer"
-    keeps the same share of each group. To be comparable, `taylor` is divided by what removing one unit of the group
-    saves (loss per saved cost), the others by the mean of their group. `min_keep` is the share of units that every
-    group keeps.
+    the task's loss in each of them (`taylor`, arXiv:1906.10771) or in all together, input by input (`fisher`,
+    arXiv:2108.00708). `scope` "global" ranks the units of all groups together, "layer" keeps the same share of each
+    group. To be comparable, `taylor` and `fisher` are divided by what removing one unit of the group saves (loss per
+    saved cost), the others by the mean of their group. `min_keep` is the share of units that every group keeps.
 
     The running statistics of batch norms are those of the larger network; `recalibrate` takes them anew on the
     calibration data after each round, as arXiv:2007.02491 does, which needs no labels.
@@ -50,16 +50,16 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
     steps; smaller groups give up single units. With `rounds` > 1 the share falls geometrically, scores are taken anew
     each time, and with `retrain` the network is trained after each round. `only` and `skip` choose layers by their
     outputs: a group is cut only if all layers that produce it are chosen. Raises `TaskError` if the model cannot be
-    traced, or if `taylor` finds no labels.
+    traced, or if `taylor` or `fisher` finds no labels.
     """
 
     needs = Trait.EDITABLE | Trait.RESHAPABLE
-    paper = "arXiv:1608.08710, arXiv:1906.10771"
+    paper = "arXiv:1608.08710, arXiv:1906.10771, arXiv:2108.00708"
     place = Place.RESHAPE
 
     keep: Annotated[float, Field(gt=0, lt=1), Between(0.3, 0.95)] = 0.7
     of: Literal["parameters", "macs", "latency"] = "macs"
-    score: Annotated[Literal["l1", "l2", "bn", "taylor"], OneOf("l1", "l2", "taylor")] = "l2"
+    score: Annotated[Literal["l1", "l2", "bn", "taylor", "fisher"], OneOf("l1", "l2", "taylor")] = "l2"
     scope: Annotated[Literal["global", "layer"], OneOf("global", "layer")] = "global"
     rounds: Annotated[int, Field(ge=1, le=100)] = 1
     multiple: Annotated[int, Field(ge=1)] | None = None
@@ -151,7 +151,7 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             return price(counts)
 
         ranks = [scores[place].double().cpu().numpy() for place in places]
-        if self.score == "taylor":
+        if self.score in ("taylor", "fisher"):
             ranks = [rank / saved for rank, saved in zip(ranks, savings(price, everything, places))]
         kept = (
             by_rank(ranks, bounds, price_of, target) if self.scope == "global" else by_share(bounds, price_of, target)
@@ -161,8 +161,8 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
 
     def _scores(self, model: nn.Module, ctx: Context, coupling: Coupling, places: list[int]) -> Scores:
         groups = {place: coupling.groups[place] for place in places}
-        if self.score == "taylor":
-            return loss_changes(model, ctx, coupling, groups)
+        if self.score == "taylor" or self.score == "fisher":
+            return loss_changes(model, ctx, coupling, groups, self.score)
         held, found = tensors(model), {}
         norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
         for place, group in groups.items():
@@ -216,42 +216,3 @@ def savings(price: Price, everything: NDArray[np.int64], places: list[int]) -> l
         fewer[place] -= 1
         found.append(max((whole - price(fewer)) / whole, 1e-12))
     return found
-
-
-def loss_changes(model: nn.Module, ctx: Context, coupling: Coupling, groups: dict[int, Group]) -> Scores:
-    """First-order Taylor scores: mean over calibration batches of the squared change, summed over the coupled
-    parameters.
-    """
-    held = {name: tensor for name, tensor in tensors(model).items() if name in coupling.parameters}
-    found = {place: torch.zeros(len(group), device=ctx.device) for place, group in groups.items()}
-    trainable = {name: tensor.requires_grad for name, tensor in held.items()}
-    for tensor in held.values():
-        tensor.requires_grad_(tensor.is_floating_point())
-    batches = 0
-    model.eval()
-    for batch in ctx.progress.track(ctx.batches("calibrate"), "scoring"):
-        model.zero_grad(set_to_none=True)
-        _loss(model, ctx, batch).backward()
-        batches += 1
-        for place, group in groups.items():
-            for (name, dim), positions in group.places.items():
-                gradient = held[name].grad if name in held else None
-                if gradient is not None:
-                    index = torch.as_tensor(positions, device=gradient.device)
-                    found[place] += taylor(slices(held[name].detach(), dim, index), slices(gradient, dim, index))
-    model.zero_grad(set_to_none=True)
-    for name, tensor in held.items():
-        tensor.requires_grad_(trainable[name])
-    if not batches:
-        raise TaskError(f"task {ctx.task.name}: the 'calibrate' data gave no batch, which score=taylor needs")
-    return {place: total / batches for place, total in found.items()}
-
-
-def _loss(model: nn.Module, ctx: Context, batch: Any) -> Tensor:
-    output = ctx.task.call(model, batch)
-    try:
-        return ctx.task.loss(output, batch)
-    except TaskError as error:
-        raise TaskError(
-            f"prune.structured with score=taylor needs labels in the calibration split: {error}; or use score=l2"
-        ) from error
