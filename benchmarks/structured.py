@@ -52,6 +52,7 @@ TASK = "zoo:cifar10-resnet56"
 PEER = "torch-pruning"
 PACKAGES = ("featherweight", "torch", "onnx", "onnxruntime")
 INT8 = "quantize.static"
+START = "original"
 PAGE = """\
 # Benchmarks: structured pruning
 
@@ -211,19 +212,23 @@ def row(name: str, form: str, artifact: Artifact, task: Task, original: Records,
 
 def timed(rows: list[Row], files: dict[tuple[str, str], Artifact], task: Task, given: argparse.Namespace) -> None:
     """Fill in the latencies: all files against the original in floats, those in int8 against the original in int8."""
-    first = files[ORIGINAL, "float32"]
+    first = files[START, "float32"]
     material = Material(task, first, [], Path(), seed=given.seed, clock=given.clock)
     for batch in given.batches:
         paths = {ORIGINAL: first.file} | {
             f"{name} {form}": artifact.file for (name, form), artifact in files.items() if artifact is not first
         }
         whole = race(task, material, paths, batch, given.timing)
-        ints = {name: artifact.file for (name, form), artifact in files.items() if form == "int8"}
+        ints = {
+            ORIGINAL if name == START else name: artifact.file
+            for (name, form), artifact in files.items()
+            if form == "int8"
+        }
         small = race(task, material, ints, batch, given.timing)
         for each in rows:
-            plain = (each.name, each.form) == (ORIGINAL, "float32")
+            plain = (each.name, each.form) == (START, "float32")
             each.timings.append(whole[ORIGINAL if plain else f"{each.name} {each.form}"])
-            each.than_int8 += [small[each.name]] if each.form == "int8" else []
+            each.than_int8 += [small[ORIGINAL if each.name == START else each.name]] if each.form == "int8" else []
 
 
 def sides(task: Task, ctx: Context, given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -238,7 +243,7 @@ def sides(task: Task, ctx: Context, given: argparse.Namespace, folder: Path) -> 
 def compared(task: Task, given: argparse.Namespace, training: Training, folder: Path) -> list[Row]:
     """All rows: the original and every side, in floats and in int8."""
     ctx = Context(task, seed=given.seed, device=torch.device("cpu"))
-    models: dict[str, tuple[nn.Module, dict[str, Any]]] = {ORIGINAL: (task.fresh(), {})}
+    models: dict[str, tuple[nn.Module, dict[str, Any]]] = {START: (task.fresh(), {})}
     for name, prune in sides(task, ctx, given, folder).items():
         print(name, file=sys.stderr, flush=True)
         models[name] = trained(prune, ctx, given, training)
