@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from featherweight.api import pack
 from featherweight.core.context import Context, run_step
 from featherweight.core.files import write_text
 from featherweight.core.machine import describe
 from featherweight.core.soft import encodings
 from featherweight.core.step import step
-from featherweight.core.target import target
 from featherweight.core.task import Task, find_task
 
 from .peers import VARIABLE, NotInstalled, Peer
 from .record import Figure, Record
-from .weights import PACKAGES, PEER, free, from_peer, judged, text
+from .weights import PACKAGES, PEER, from_peer, judged, text
 
 NONE = "none"  # single weights
 SCORES = ("magnitude", "wanda", "sparsegpt", "obs", "fisher")
@@ -132,10 +132,10 @@ def made(row: Row, task: Task, seed: int) -> nn.Module:
     return model
 
 
-def coded_size(task: Task, model: nn.Module) -> int:
+def coded_size(model: nn.Module) -> int:
     """The bytes of the model's coded checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        return target("coded").export(model, task.example, folder + "/made", free=free(task)).bytes()
+        return pack(model, Path(folder) / "model.fwc").stat().st_size
 
 
 def fill(row: Row, task: Task, given: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def fill(row: Row, task: Task, given: argparse.Namespace) -> None:
         return
     row.metric, size = judged(task, model)
     if ours:  # the peer's weights are no file of its own
-        row.bytes, row.coded_bytes = size, coded_size(task, model)
+        row.bytes, row.coded_bytes = size, coded_size(model)
 
 
 def page(ledgers: list[Ledger]) -> str:
@@ -219,7 +219,7 @@ def start(given: argparse.Namespace, task: Task, command: str) -> Ledger:
         notes=task.notes,
         original=original,
         original_bytes=size,
-        original_coded_bytes=coded_size(task, task.original),
+        original_coded_bytes=coded_size(task.original),
         rows=[],
     )
 

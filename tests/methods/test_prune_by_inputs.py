@@ -176,6 +176,25 @@ def test_a_second_pass_of_every_score_only_tightens():
         assert share_of_zeros(twice) == pytest.approx(0.6, abs=0.03), score
 
 
+def test_a_pattern_is_put_on_what_is_sparse_enough_already_and_survives_a_later_step():
+    task = transformer_task()
+    once, _ = pruned(task, sparsity=0.6, scope="layer", only="wide,narrow")
+    again, record = run_step(WeightPruning(pattern="2:4", only="wide,narrow"), once, Context(task, device=CPU))
+    assert set(record.changed) == {"wide", "narrow"}
+    later, _ = run_step(WeightPruning(sparsity=0.9, scope="layer", only="wide"), again, Context(task, device=CPU))
+    assert {each.form for each in encodings(later).values()} == {"2:4"}
+    assert all(((w != 0).reshape(-1, 4).sum(1) <= 2).all() for w in weights(later).values())
+    with pytest.raises(NoEffect, match=r"prune\.weights changed nothing"):
+        run_step(WeightPruning(pattern="2:4", only="wide"), later, Context(task, device=CPU))
+
+
+def test_drift_that_cannot_be_known_is_said():
+    _, record = pruned(conv_task(), score="sparsegpt", compensate=True, only="hidden")
+    assert ("hidden (compensate)", "it is in no block, where its drift is not known") in {
+        (each.layer, each.reason) for each in record.left
+    }
+
+
 # -- allocation ----------------------------------------------------------------------------
 def test_the_allocation_is_the_best_of_all_by_brute_force():
     losses = {"a": {0.25: 0.1, 0.5: 0.4, 0.75: 2.0}, "b": {0.25: 0.3, 0.5: 1.5, 0.75: 4.0}}

@@ -131,8 +131,8 @@ class Sparse(Encoding):
     shape.
 
     `pattern` says where they lie in the weight as a matrix of outputs by inputs: "2:4" (at most 2 of every 4 neighbours
-    in a row), "4x4" (whole blocks), "row" (whole rows), or nothing. The columns of a convolution lie input channel
-    beside input channel, one place of the kernel after the other.
+    in a row), "4x4" (blocks), "row" (whole rows), or nothing; single zeros may lie among those that are kept. The
+    columns of a convolution lie input channel beside input channel, one place of the kernel after the other.
     """
 
     kind: ClassVar[str] = "sparse"

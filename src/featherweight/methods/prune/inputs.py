@@ -137,6 +137,8 @@ def block_by_block(model: nn.Module, ctx: Context, held: Mapping[str, Connection
             for name, moments in gather(block, original, stage).items():
                 each = waiting.pop(prefix + name)
                 solve(each, in_order(each, moments))
+    for name in waiting if drift else ():
+        ctx.leave(f"{name} (compensate)", "it is in no block, where its drift is not known")
     for some in in_chunks(waiting):
         for name, moments in observe(model, list(some), ctx).items():
             solve(some[name], in_order(some[name], moments))

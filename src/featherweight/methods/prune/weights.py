@@ -179,11 +179,11 @@ class WeightPruning(LayerStep, kind="prune.weights"):
         return {name: each for name, each in every.items() if name not in hidden}
 
     def _open(self, every: Held, ctx: Context) -> Held:
-        """The layers that have fewer zeros than asked for; where all compete, all of them or none."""
+        """The layers that have fewer zeros than asked for (where all compete: together), or not in the pattern."""
         joint, found = zeros(every), {}
         for name, each in every.items():
             share = joint if self.competing == "global" else each.zeros
-            if share < self.sparsity:
+            if share < self.sparsity or self.shape.name not in ("", each.mask.pattern):
                 found[name] = each
             else:
                 ctx.leave(
@@ -194,7 +194,7 @@ class WeightPruning(LayerStep, kind="prune.weights"):
     def _report(self, held: Held, before: dict[str, int], ctx: Context) -> None:
         for name, each in held.items():
             if int(each.mask.keep.sum()) < before[name]:
-                each.mask.pattern = self.shape.name
+                each.mask.pattern = self.shape.name or each.mask.pattern
                 how = f" in the pattern {self.shape.name}" if self.shape.name else ""
                 ctx.change(name, f"{each.zeros:.1%} of {each.mask.keep.numel()} weights are zero{how}")
             elif name not in {left.layer for left in ctx.record.left}:
@@ -304,7 +304,7 @@ class WeightPruning(LayerStep, kind="prune.weights"):
                     yield name, partial(self._rule, each, in_order(each, moments), each.weight, ctx)
 
     def _mask_alone(self, score: Tensor, share: float) -> tuple[Tensor, None]:
-        return masks([score], [share], self.shape, self.competing)[0], None
+        return masks([score], [share], self.shape, self.competing)[0] & (score > -torch.inf), None
 
 
 def zeros(held: Held) -> float:
