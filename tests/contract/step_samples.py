@@ -19,7 +19,8 @@ KINDS = sorted(Step.kinds)
 TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
 # what needs rows of blocks: tried there, and only there
 ROWS = frozenset({"prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
-NOTHING_IN = frozenset({("quantize.rotate", "conv")})  # a nonlinearity stands between all of its layers
+# a nonlinearity stands between all of its layers
+NOTHING_IN = frozenset({("quantize.rotate", "conv"), ("quantize.rotate", "blocks")})
 
 
 def works(kind: str, name: str) -> bool:
@@ -68,6 +69,11 @@ def _finds_work(kind: str, name: str) -> bool:
 def small_task(*kinds: str) -> Task:
     """The first of the small tasks in which all of these find something to do."""
     return next(make() for name, make in TASKS.items() if all(_finds_work(kind, name) for kind in kinds))
+
+
+def share_a_task(*kinds: str) -> bool:
+    """Whether there is a small task in which all of these find something to do."""
+    return any(all(_finds_work(kind, name) for kind in kinds) for name in TASKS)
 
 
 def allowed(one: str, other: str) -> bool:

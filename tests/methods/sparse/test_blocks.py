@@ -108,7 +108,7 @@ def test_a_skipped_block_is_not_computed_and_has_no_gradient():
         model.get_submodule(name).register_forward_hook(lambda *_given, name=name: called.append(name))
     skipped = {"blocks.1"}
     x = torch.randn(2, 1, 8, 8)
-    with skipping(model, ["blocks.0", "blocks.1"], skipped):
+    with skipping(model, dict.fromkeys(["blocks.0", "blocks.1"], lambda x: x), skipped):
         output = model(x)
         output.sum().backward()
     assert called == ["blocks.0.conv1"]
@@ -124,7 +124,7 @@ def test_a_skipped_block_is_not_computed_and_has_no_gradient():
 
 def test_no_block_is_left_patched_when_training_fails():
     model = Net()
-    with pytest.raises(ZeroDivisionError), skipping(model, ["blocks.0"], set()):
+    with pytest.raises(ZeroDivisionError), skipping(model, {"blocks.0": lambda x: x}, set()):
         raise ZeroDivisionError
     assert "forward" not in vars(model.blocks[0])
 
@@ -136,6 +136,34 @@ def test_statistics_of_batch_norms_see_only_the_steps_in_which_their_block_ran()
     for name in ("blocks.0", "blocks.1", "blocks.3"):
         ran = int(model.get_buffer(f"{name}.bn1.num_batches_tracked"))
         assert record.changed[name] == f"skipped in {steps - ran} of {steps} steps" and ran < steps
+
+
+def test_a_block_that_gives_a_tuple_gives_one_when_it_is_skipped():
+    class Tupled(nn.Module):
+        def __init__(self, more: bool) -> None:
+            super().__init__()
+            self.linear, self.more = nn.Linear(6, 6), more
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            return x + self.linear(x), x.sum() if self.more else None
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.ModuleList([Tupled(False), Tupled(False), Tupled(True)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.rows:
+                x, _ = block(x, mask=None)
+            return x
+
+    x = torch.randn(64, 6)
+    task = Task(name="tupled", model=Rows(), train=Arrays(x, (x[:, 0] > 0).long()), batch_size=4)
+    _, record = run("sparse.layerdrop", task, rate=0.5)
+    assert set(record.changed) == {"*", "rows.0", "rows.1"}
+    assert "several tensors" in {left.layer: left.reason for left in record.left}["rows.2"]
+    _, record = run("sparse.stochastic_depth", task, rate=0.5)
+    assert "linear scaled by 0.833" in record.changed["rows.0"]
 
 
 # -- LayerDrop --------------------------------------------------------------------------------------------------------
@@ -177,7 +205,7 @@ def test_training_with_layerdrop_makes_shallow_networks_better():
 
     @torch.no_grad()
     def loss_at_half_depth(model: nn.Module) -> float:
-        with skipping(model, names, set(names[::2])):
+        with skipping(model, dict.fromkeys(names, lambda x: x), set(names[::2])):
             return float(nn.functional.cross_entropy(model(images), labels))
 
     assert loss_at_half_depth(dropped) < 0.7 * loss_at_half_depth(plain)
@@ -192,6 +220,25 @@ def test_branches_end_where_they_are_added():
     assert all(torch.equal(tensor, before[name]) for name, tensor in block.state_dict().items())
     plain = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
     assert branch_ends(plain, lambda: (x, plain(x))) == []
+
+
+def test_without_biases_the_end_is_the_last_layer_not_the_norm_before_it():
+    """With its norm at zero such a branch is silent too, but what it adds is not in proportion to the norm's weight."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(12, 6, bias=False), nn.Linear(6, 12, bias=False)
+            self.norm = nn.RMSNorm(6)  # registered last, called first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+    block, x = Gated(), torch.randn(4, 6)
+    assert branch_ends(block, lambda: (x, block(x))) == ["down"]
+    bent = nn.Sequential(nn.Linear(6, 6))
+    assert branch_ends(bent, lambda: (x, x + torch.tanh(bent(x)))) == []
+    assert branch_ends(bent, lambda: (x, x + torch.relu(bent(x)))) == ["0"]
 
 
 def test_each_branch_is_scaled_by_the_chance_to_be_there():

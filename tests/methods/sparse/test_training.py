@@ -177,6 +177,12 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]):
         step("sparse.rigl", **settings)
 
 
+def test_too_few_steps_for_an_exchange_are_said():
+    _, record = trained("sparse.rigl", interval=100)
+    assert [text for text in record.warnings if "nothing was exchanged in 10 steps with interval=100" in text]
+    assert not trained("sparse.set", interval=100, fraction=0.0)[1].warnings
+
+
 def test_masks_are_plain_masks():
     model, _ = trained("sparse.rigl")
     assert all([type(link) for link in links] == [Mask] for *_, links in chains(model))

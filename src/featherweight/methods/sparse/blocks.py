@@ -14,7 +14,7 @@ from featherweight.model.blocks import find_blocks
 from featherweight.model.masks import TYPES
 from featherweight.model.select import LayerStep, excluded, unused
 
-from .skipping import Draw, skipping, unskippable
+from .skipping import Draw, skipping, wraps
 
 
 class BlockSkipping(LayerStep, Training):
@@ -35,7 +35,7 @@ class BlockSkipping(LayerStep, Training):
         if not rates:
             return model
         draw = Draw(rates, ctx.generator(f"{self.kind}: blocks"))
-        with skipping(model, list(rates), draw.skipped):
+        with skipping(model, wraps(model, list(rates), lambda: model(**ctx.example)), draw.skipped):
             loss = ctx.fit(model, self, during=draw.during, text=self.kind)
         share = sum(draw.drawn.values()) / (draw.steps * len(rates))
         ctx.change("*", f"trained for {self.epochs:g} epochs, {share:.1%} of the blocks skipped, last loss {loss:.4g}")
@@ -55,14 +55,17 @@ class BlockSkipping(LayerStep, Training):
         for glob in unused(model, (nn.Module,), self.only, self.skip):
             ctx.warn(f"{self.kind}: no layer matches {glob!r}")
         found = find_blocks(model.to(ctx.device).eval(), ctx.example)
-        left = found.left | unskippable(model, found.blocks, lambda: model(**ctx.example))
+        single = wraps(model, found.blocks, lambda: model(**ctx.example))
+        left = found.left | {
+            name: "it gives several tensors, which cannot be had without computing it"
+            for name in found.blocks
+            if name not in single
+        }
         left |= {name: why for name in found.blocks if (why := excluded(name, self.only, self.skip))}
         for name, reason in left.items():
             ctx.leave(name, reason)
-        inside = {name for name, _ in model.named_modules()}
-        rows = [name for name in inside if name in left or name in found.blocks]
-        order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-        return [name for name in found.blocks if name not in left], sorted(rows, key=order.__getitem__)
+        rows = [name for name, _ in model.named_modules() if name in left or name in found.blocks]
+        return [name for name in found.blocks if name not in left], rows
 
     def _leave_rest(self, model: nn.Module, blocks: list[str], ctx: Context) -> None:
         """Report the layers outside of all blocks that are skipped."""

@@ -41,7 +41,7 @@ class Evolution:
 
     def during(self, _model: nn.Module, t: float) -> None:
         """Before a step: whether it ends with an exchange."""
-        self.steps += 1
+        self.steps += t < 1  # the last call is behind the last step
         self.due = self.steps % self.interval == 0 and decayed(self.fraction, t, self.stop) > 0
 
     def after(self, optimizer: torch.optim.Optimizer, t: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from featherweight.core.outputs import relative_difference
 
-SAME = 1e-5
+SAME, SCALED = 1e-5, 1e-3  # relative differences; what is added is small beside what it is read off from
 Owners = dict[str, list[nn.Parameter]]
 
 
@@ -25,12 +25,12 @@ def owners(block: nn.Module) -> Owners:
 
 
 @contextmanager
-def zeroed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within this block the parameters are zero."""
+def zeroed(parameters: Sequence[nn.Parameter], factor: float = 0.0) -> Iterator[None]:
+    """Within this block the parameters are zero, or `factor` times what they are."""
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter in parameters:
-            parameter.zero_()
+            parameter.mul_(factor)
         try:
             yield
         finally:
@@ -43,10 +43,11 @@ def branch_ends(block: nn.Module, run: Callable[[], tuple[Tensor, Tensor]]) -> l
     """The modules of `block` without which it hands its input on: the last one of each residual branch.
 
     `run` gives the input and the output of the block. Empty if the block is not the identity even when all of its
-    parameters are zero: then nothing in it is added to what passes by.
+    parameters are zero (then nothing in it is added to what passes by), or if scaling the last module of a branch does
+    not scale what the branch adds.
     """
     own = owners(block)
-    ends = list(own)
+    ends = in_order(block, list(own), run)
 
     def identity(names: list[str]) -> bool:
         with zeroed([parameter for name in names for parameter in own[name]]):
@@ -59,7 +60,36 @@ def branch_ends(block: nn.Module, run: Callable[[], tuple[Tensor, Tensor]]) -> l
         fewer = [other for other in ends if other != name]
         if identity(fewer):
             ends = fewer
-    return ends
+    return ends if all(_scales(own, ends, name, run) for name in ends) else []
+
+
+def _scales(own: Owners, ends: Sequence[str], name: str, run: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+    """Whether the branch that ends with `name`, without the others, adds half as much when that end is halved.
+
+    An activation may follow the addition; only entries that it does not cut off are compared.
+    """
+    others = [parameter for other in ends if other != name for parameter in own[other]]
+    with zeroed(others):
+        before, whole = run()
+        with zeroed(own[name], 0.5):
+            half = run()[1]
+    seen = whole != 0
+    return relative_difference((whole - before)[seen] / 2, (half - before)[seen]) <= SCALED
+
+
+def in_order(block: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> list[str]:
+    """The named modules of `block` in the order in which they are done when it runs; those not called come last."""
+    done: list[str] = []
+    handles = [
+        block.get_submodule(name).register_forward_hook(lambda *_given, name=name: done.append(name)) for name in names
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = {name: place for place, name in enumerate(done)}
+    return sorted(names, key=lambda name: last.get(name, len(done)))
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Wrap = Callable[[Any], Any]  # a tensor -> what a block would give with it
+
 
 def linear_decay(count: int, last: float) -> list[float]:
     """How often each of `count` residual blocks is skipped: in proportion to its place, the last one at `last`.
@@ -51,16 +53,19 @@ def handed_on(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
     return given[0] if given else next(iter(named.values()))
 
 
-def unskippable(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> dict[str, str]:
-    """Of the named blocks, those that give more than one tensor when `run` runs the model, which a skipped block has
-    not; with the reason.
+def wraps(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> dict[str, Wrap]:
+    """How each of the named blocks gives its tensor, as seen when `run` runs the model: alone, or in a tuple or list
+    with values that are no tensors. A block that gives several tensors is not among them: they cannot be had without
+    computing it.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Wrap] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _given: Any, output: Any) -> None:
-            if not isinstance(output, Tensor):
-                found[name] = f"it gives a {type(output).__name__} of values, which cannot be had without computing it"
+            if isinstance(output, Tensor):
+                found[name] = lambda x: x
+            elif type(output) in (tuple, list) and not any(isinstance(rest, Tensor) for rest in output[1:]):
+                found[name] = lambda x: type(output)([x, *output[1:]])
 
         return hook
 
@@ -75,11 +80,13 @@ def unskippable(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) 
 
 
 @contextmanager
-def skipping(model: nn.Module, names: Sequence[str], skipped: set[str]) -> Iterator[None]:
-    """Within this block, a named module whose name is in `skipped` at that time hands its first input on at once."""
-    modules = {name: model.get_submodule(name) for name in names}
+def skipping(model: nn.Module, blocks: Mapping[str, Wrap], skipped: set[str]) -> Iterator[None]:
+    """Within this block, a module of `blocks` whose name is in `skipped` at that time hands its first input on at once,
+    wrapped as it gives its own output.
+    """
+    modules = {name: model.get_submodule(name) for name in blocks}
     for name, module in modules.items():
-        module.forward = _either(name, module.forward, skipped)
+        module.forward = _either(name, module.forward, blocks[name], skipped)
     try:
         yield
     finally:
@@ -87,8 +94,8 @@ def skipping(model: nn.Module, names: Sequence[str], skipped: set[str]) -> Itera
             del module.forward  # the class's own is there again
 
 
-def _either(name: str, compute: Callable[..., Any], skipped: set[str]) -> Callable[..., Any]:
+def _either(name: str, compute: Callable[..., Any], wrap: Wrap, skipped: set[str]) -> Callable[..., Any]:
     def forward(*given: Any, **named: Any) -> Any:
-        return handed_on(given, named) if name in skipped else compute(*given, **named)
+        return wrap(handed_on(given, named)) if name in skipped else compute(*given, **named)
 
     return forward

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from featherweight.core.context import Context
+from featherweight.core.outputs import first
 from featherweight.core.soft import Mask
 from featherweight.model.masks import links_of
 
@@ -35,7 +36,7 @@ class StochasticDepth(BlockSkipping, kind="sparse.stochastic_depth"):
         ends = self._ends(model, blocks, ctx)
         for name in blocks:
             if not ends[name]:
-                ctx.leave(name, "it does not give its input back when its parameters are zero: no residual block")
+                ctx.leave(name, "none of its layers can be scaled so that what it adds to its input is")
         chances = dict(zip(rows, linear_decay(len(rows), self.rate)))
         return {name: chances[name] for name in blocks if ends[name]}
 
@@ -47,7 +48,7 @@ class StochasticDepth(BlockSkipping, kind="sparse.stochastic_depth"):
             block, (given, named) = model.get_submodule(name), calls[name]
 
             def run(block: nn.Module = block, given: Any = given, named: Any = named) -> tuple[Tensor, Tensor]:
-                return handed_on(given, named), block(*given, **named)
+                return handed_on(given, named), first(block(*given, **named))
 
             ends = branch_ends(block, run)
             found[name] = ends if all(_scalable(block.get_submodule(end)) for end in ends) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, ClassVar
 
 import torch
@@ -94,8 +95,8 @@ class StructuredDropout(LayerStep, Training, kind="sparse.structured_dropout"):
             return coupling.refused[place]
         if place in coupling.repair:
             return "sizes that modules hold would have to follow its units"
-        shared = {name for name in coupling.names.values() if list(coupling.names.values()).count(name) > 1}
-        if tied := [name for name, _ in group.places if name in shared]:
+        uses = Counter(coupling.names.values())
+        if tied := [name for name, _ in group.places if uses[name] > 1]:
             return f"{tied[0]} is shared with another layer"
         for name, _ in group.places:
             if why := _unfit(modules[name.rpartition(".")[0]]):
@@ -104,9 +105,9 @@ class StructuredDropout(LayerStep, Training, kind="sparse.structured_dropout"):
         makers = [name.rpartition(".")[0] for name, dim in matrices if dim == 0]
         if len(makers) != 1:
             return "its units are those of several layers at once"
-        if why := excluded(makers[0], self.only, self.skip):
-            return why
-        return "" if any(dim == 1 for _, dim in matrices) else "no layer takes its units in"
+        if not any(dim == 1 for _, dim in matrices):
+            return "no layer takes its units in"
+        return excluded(makers[0], self.only, self.skip) or ""
 
 
 def _unfit(module: nn.Module) -> str:

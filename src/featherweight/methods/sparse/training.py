@@ -63,6 +63,10 @@ class SparseTraining(LayerStep, Training):
         finally:
             for handle in handles:
                 handle.remove()
+        if self.fraction and not evolution.exchanged:
+            ctx.warn(
+                f"{self.kind}: nothing was exchanged in {evolution.steps} steps with interval={self.interval}; lower it"
+            )
         drop_empty(chosen.values())
         for name, layer in chosen.items():
             self._report(name, layer, evolution.exchanged.get(name, 0), ctx)
