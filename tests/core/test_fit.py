@@ -210,3 +210,22 @@ def test_a_group_has_its_own_rate_and_decay_and_the_rest_the_schedule(task):
     assert (after["outer.weight"] - before["outer.weight"]).abs().max() > 1e-4
     parts = grouped(list(model.parameters()), [{"params": slow, "lr": 1.0}])
     assert [len(part["params"]) for part in parts] == [len(before) - 1, 1] and parts[1]["lr"] == 1.0
+
+
+def test_what_comes_after_a_step_may_change_weights_and_what_the_optimizer_remembers(task):
+    """A weight set to zero after every step, its moments too, ends at zero; gradients are there to look at."""
+    model, seen = task.fresh(), []
+
+    def after(optimizer, t):
+        weight = model.inner.weight
+        seen.append((t, float(weight.grad.abs().sum()) > 0, set(optimizer.state[weight])))
+        with torch.no_grad():
+            weight[0] = 0.0
+            for moment in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[weight][moment][0] = 0.0
+
+    fit(model, context(task), Training(epochs=2), after=after)
+    steps = 2 * steps_per_epoch(context(task), 16)
+    assert [t for t, _, _ in seen] == [(done + 1) / steps for done in range(steps)]
+    assert all(gradient and {"exp_avg", "exp_avg_sq"} <= state for _, gradient, state in seen)
+    assert bool((model.inner.weight[0] == 0).all()) and bool((model.inner.weight[1:] != 0).all())
