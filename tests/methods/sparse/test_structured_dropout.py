@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_tasks import accuracy, conv_task, one_thread, transformer_task  # noqa: F401
-from test_blocks import Net, net_task
+from test_block_skipping import Net, net_task
 from torch import Tensor, nn
 
 from featherweight.core.context import Context, run_step
