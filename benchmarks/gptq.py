@@ -45,10 +45,10 @@ PAGE = """\
 
 This page is generated from a ledger by the command below; do not edit it. One linear layer, affine integers in groups,
 large inputs first (ours by sorted QR), the same weight and inputs for all. Each run is a process of its own, and the
-runs of all contenders alternate. *Error* is that of the layer's outputs on these inputs, relative to their norm. Time is from the
-float layer to the rounded weight, calibration included; *seconds of the processor* do not count what else the machine
-does meanwhile. *Peak* is the most memory that the process held, of which *before* is what libraries, weight and inputs
-took. Times are the least, memory the most of all runs.
+runs of all contenders alternate. *Error* is that of the layer's outputs on these inputs, relative to their norm. Time
+is from the float layer to the rounded weight, calibration included; *seconds of the processor* do not count what else
+the machine does meanwhile. *Peak* is the most memory that the process held, of which *before* is what libraries, weight
+and inputs took. Times are the least, memory the most of all runs.
 """
 
 

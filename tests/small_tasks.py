@@ -86,13 +86,13 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.rows = nn.Conv2d(1, 8, 3, padding=1), nn.Sequential(*(Residual(8, 8) for _ in range(4)))
-        self.turned, self.head = nn.ModuleList([Residual(8, 12), nn.ReLU()]), nn.Linear(12, 10)
+        self.turned, self.head = nn.ModuleList([Residual(8, 12), nn.ReLU()]), nn.Linear(96, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.rows(torch.relu(self.stem(x)))
         for layer in self.turned:
             x = layer(x)
-        return self.head(x.mean((2, 3)))
+        return self.head(x.mean(3).flatten(1))
 
 
 @pytest.fixture(autouse=True)

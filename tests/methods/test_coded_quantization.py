@@ -18,7 +18,7 @@ from featherweight.core.scaled import Scaled, powers
 from featherweight.core.soft import encodings
 from featherweight.core.step import step
 from featherweight.core.task import Split
-from featherweight.methods.quantize.gptq import sorted_order, factors, loss
+from featherweight.methods.quantize.gptq import factors, loss, sorted_order
 from featherweight.methods.quantize.ratedistortion import code_lengths, exponents, on_grid, rounded
 
 CPU = torch.device("cpu")

@@ -68,7 +68,7 @@ def test_similar_layers_are_those_that_ward_joins(seed, count, sets):
 @pytest.mark.parametrize("name", ["onnxruntime", "coded"])
 def test_one_copy_is_saved_and_exported(name, tmp_path):
     task = blocks_task()
-    model, record = shared(task)
+    model, record = shared(task, keep=0.2)
     rows = model.rows
     assert all(row.a.weight is rows[0].a.weight and row.norm.bias is rows[0].norm.bias for row in rows)
     assert rows[0] is not rows[1] and {"rows.0.a", "rows.3.b"} <= record.changed.keys()
@@ -89,8 +89,8 @@ def test_one_copy_is_saved_and_exported(name, tmp_path):
 
 def test_training_heals_and_keeps_the_sharing():
     task = blocks_task()
-    broken, _ = shared(task)
-    model, record = shared(task, retrain=Training(epochs=4, lr=3e-3))
+    broken, _ = shared(task, keep=0.2)
+    model, record = shared(task, keep=0.2, retrain=Training(epochs=4, lr=3e-3))
     assert all(row.a.weight is model.rows[0].a.weight for row in model.rows) and "*" in record.changed
     x, y = task.train.tensors
     with torch.no_grad():
@@ -101,31 +101,40 @@ def test_training_heals_and_keeps_the_sharing():
 def test_means_firsts_and_vectors_of_their_own():
     task = blocks_task()
     theirs = [row.a.weight.detach() for row in task.original.rows]
-    mean, _ = shared(task, sets=2)
+    mean, _ = shared(task)
     assert torch.allclose(mean.rows[1].a.weight, torch.stack(theirs[:2]).mean(0), atol=1e-7)
     assert mean.rows[2].a.weight is mean.rows[3].a.weight and mean.rows[1].a.weight is not mean.rows[2].a.weight
-    first, _ = shared(task, start="first", layout="cycle", sets=2)
+    first, _ = shared(task, start="first", layout="cycle")
     assert torch.equal(first.rows[3].a.weight, theirs[1]) and first.rows[0].a.weight is first.rows[2].a.weight
-    own, _ = shared(task, share="matrices")
+    own, _ = shared(task, keep=0.2, share="matrices")
     assert own.rows[0].b.weight is own.rows[3].b.weight and own.rows[0].b.bias is not own.rows[3].b.bias
+
+
+def test_what_is_shared_can_be_shared_further():
+    task = blocks_task()
+    once, _ = shared(task, layout="cycle")
+    weights = [once.rows[place].b.weight.detach().clone() for place in (0, 1)]
+    again, _ = shared(task, once, layout="sequence")  # 0 1 0 1 becomes 0 0 1 1: each set is the mean of the same two
+    for row in again.rows:
+        assert torch.allclose(row.b.weight, (weights[0] + weights[1]) / 2, atol=1e-7)
+    assert again.rows[0].b.weight is again.rows[1].b.weight is not again.rows[2].b.weight
+    one, _ = shared(task, again, keep=0.2)
+    assert len({id(row.b.weight) for row in one.rows}) == 1
 
 
 def test_what_cannot_share_is_named():
     task = blocks_task()
     _, record = shared(task)
-    assert {
-        "turned.0.a": "no more than sets=1 layers in its row are alike",
-        "head": "no other layer of a row is like it",
-    }.items() <= {each.layer: each.reason for each in record.left}.items()
-    with pytest.raises(NoEffect, match="no more than sets=4 layers"):
-        shared(task, sets=4)
+    reasons = {each.layer: each.reason for each in record.left}
+    assert reasons["turned.0.a"] == "1 different layers in its row that are alike; keep=0.5 asks for no fewer"
+    assert reasons["head"] == "no other layer of a row is like it"
     masked = task.fresh()
     parametrize.register_parametrization(masked.rows[1].a, "weight", Mask(torch.ones(8, 8, 3, 3)))
-    model, record = shared(task, masked)
+    model, record = shared(task, masked, keep=0.2)
     assert "stored in another form already" in str([each for each in record.left if each.layer == "rows.1.a"])
     assert model.rows[0].a.weight is model.rows[3].a.weight
     assert "rows.1.a" not in record.changed and "rows.3.a" in record.changed
     tied = task.fresh()
-    tied.rows[0].a.weight = tied.rows[1].a.weight
-    with pytest.raises(NoEffect, match="shared with other layers already"):
+    tied.stem.bias = tied.rows[0].b.bias
+    with pytest.raises(NoEffect, match="those of layers elsewhere"):
         shared(task, tied)

@@ -152,8 +152,9 @@ def _code(symbols: NDArray[np.int32], settings: Settings, move: Move) -> None:
     """
     columns, tables = symbols.shape[1], _Tables(settings)
     if symbols.size <= SHORT and 1 in symbols.shape:
-        used, places = class_of(level(np.array([_mean(settings)], np.int64))), np.arange(symbols.size, dtype=np.int32)
-        move(symbols.reshape(-1), places, np.array([symbols.size]), tables.models(used))
+        only = class_of(level(np.array([_mean(settings)], np.int64))).astype(np.int64)
+        places = np.arange(symbols.size, dtype=np.int32)
+        move(symbols.reshape(-1), places, np.array([symbols.size]), tables.models(only))
         return
     sums = Sums(_mean(settings), np.zeros(columns, np.int64), np.zeros(columns, np.int64))
     for band in bands(*symbols.shape):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.core.context import Context
 from featherweight.core.fit import Training
-from featherweight.core.step import Place, Trait
+from featherweight.core.step import Between, Place, Trait
 from featherweight.model.select import LayerStep, excluded, unused
 
 from .layouts import cycle, sequence, similar
@@ -44,15 +44,15 @@ class Row:
 
 
 class LayerSharing(LayerStep, kind="share.layers"):
-    """Let the layers of a row that are alike share their weights, so that `sets` different ones are left of each row.
+    """Let the layers of a row that are alike share their weights, so that a share `keep` of different ones is left.
 
     A row is an `nn.Sequential` or `nn.ModuleList`; alike are children whose parameters have the same names, shapes and
-    types. `layout` says which share: neighbours ("sequence", 0 0 1 1), in turn ("cycle", 0 1 0 1), or those whose
-    weights lie nearest to one another ("similar"). With `share` "matrices" each layer keeps biases and norms of its
-    own. The shared weights start as the mean of the set, or as its first layer's (`start`). The layers stay modules of
-    their own that hold one tensor, which is saved and exported once. With `retrain` the network is then trained; it
-    seldom works without. `only` and `skip` choose rows by the names of their containers, and rows within a layer that
-    shares are left alone.
+    types. At least one set of weights is left of each row. `layout` says which share: neighbours ("sequence", 0 0 1 1),
+    in turn ("cycle", 0 1 0 1), or those whose weights lie nearest to one another ("similar"). With `share` "matrices"
+    each layer keeps biases and norms of its own. The shared weights start as the mean of the set, or as its first
+    layer's (`start`). The layers stay modules of their own that hold one tensor, which is saved and exported once. With
+    `retrain` the network is then trained; it seldom works without. `only` and `skip` choose rows by the names of their
+    containers, and rows within a layer that shares are left alone.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -61,7 +61,7 @@ class LayerSharing(LayerStep, kind="share.layers"):
     gains: ClassVar[frozenset[str]] = frozenset({"size"})
     paper: ClassVar[str] = "arXiv:1909.11942, arXiv:2104.06022"
 
-    sets: Annotated[int, Field(ge=1)] = 1
+    keep: Annotated[float, Field(gt=0, lt=1), Between(0.1, 0.7)] = 0.5
     layout: Literal["sequence", "cycle", "similar"] = "sequence"
     share: Literal["all", "matrices"] = "all"
     start: Literal["mean", "first"] = "mean"
@@ -82,29 +82,35 @@ class LayerSharing(LayerStep, kind="share.layers"):
 
     def _rows(self, model: nn.Module, ctx: Context) -> Iterator[Row]:
         """The rows in which something can be shared; what cannot is named."""
-        shared = _held_twice(model)
+        holders = _holders_of(model)
         taken: list[str] = []
         for name, container in list(model.named_modules()):
             inside = next((each for each in taken if name.startswith(f"{each}.")), None)
             if not isinstance(container, ROWS) or inside is not None:
                 continue
             for row in _alike(name, container):
-                if reason := excluded(name, self.only, self.skip) or self._obstacle(row, shared):
+                if reason := excluded(name, self.only, self.skip) or self._obstacle(row, holders):
                     for inner in row.holders():
                         ctx.leave(inner, reason)
                 else:
                     taken += row.layers
                     yield row
 
-    def _obstacle(self, row: Row, shared: set[int]) -> str:
+    def _sets(self, row: Row) -> int:
+        """How many sets of weights are left of a row."""
+        return max(1, round(self.keep * len(row)))
+
+    def _obstacle(self, row: Row, holders: dict[int, set[int]]) -> str:
         """Why a row cannot share; empty if it can."""
         layers = list(row.layers.values())
         if any(parametrize.is_parametrized(module) for layer in layers for module in layer.modules()):
             return "weights of its row are stored in another form already"
-        if any(id(parameter) in shared for layer in layers for parameter in layer.parameters()):
-            return "weights of its row are shared with other layers already"
-        if len(row) <= self.sets:
-            return f"no more than sets={self.sets} layers in its row are alike"
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        if any(holders[id(parameter)] - inside for layer in layers for parameter in layer.parameters()):
+            return "weights of its row are those of layers elsewhere"
+        different = len({tuple(id(parameter) for parameter in layer.parameters()) for layer in layers})
+        if different <= self._sets(row):
+            return f"{different} different layers in its row that are alike; keep={self.keep} asks for no fewer"
         if self.share == "matrices" and all(parameter.dim() < 2 for parameter in layers[0].parameters()):
             return "its row holds no matrices"
         return ""
@@ -112,37 +118,43 @@ class LayerSharing(LayerStep, kind="share.layers"):
     @torch.no_grad()
     def _share(self, row: Row, ctx: Context) -> None:
         names, layout = list(row.layers), self._layout(row)
-        for each in sorted(set(layout)):
-            members = [name for name, place in zip(names, layout) if place == each]
-            missed = self._tie([row.layers[name] for name in members])
+        sets = [[name for name, place in zip(names, layout) if place == each] for each in sorted(set(layout))]
+        made = [self._shared([row.layers[name] for name in members]) for members in sets]
+        for members, (weights, moved) in zip(sets, made):
+            for name in members:
+                _put(row.layers[name], weights)
             for inner in (inner for name in members for inner in _holders(name, row.layers[name])):
                 if len(members) > 1:
                     ctx.change(
-                        inner, f"one of {len(members)} with the weights of {members[0]}, {missed:.0%} of energy moved"
+                        inner, f"one of {len(members)} with the weights of {members[0]}, {moved:.0%} of energy moved"
                     )
                 else:
                     ctx.leave(inner, "no other layer of its row is in its set")
 
     def _layout(self, row: Row) -> list[int]:
         if self.layout == "similar":
-            return similar(row.vectors(), self.sets)
-        return (sequence if self.layout == "sequence" else cycle)(len(row), self.sets)
+            return similar(row.vectors(), self._sets(row))
+        return (sequence if self.layout == "sequence" else cycle)(len(row), self._sets(row))
 
-    def _tie(self, layers: list[nn.Module]) -> float:
-        """Give all layers the parameters of the first; the share of the energy of their weights that is then missed."""
-        missed = total = 0.0
-        for name, kept in list(layers[0].named_parameters()):
-            if self.share == "matrices" and kept.dim() < 2:
+    def _shared(self, layers: list[nn.Module]) -> tuple[dict[str, nn.Parameter], float]:
+        """The parameters that these layers are to share, and the share of the energy of all weights that this moves."""
+        found: dict[str, nn.Parameter] = {}
+        moved = total = 0.0
+        for name, first in layers[0].named_parameters():
+            if self.share == "matrices" and first.dim() < 2:
                 continue
-            own = [layer.get_parameter(name).detach().clone() for layer in layers]
-            if self.start == "mean":
-                kept.copy_(torch.stack([each.float() for each in own]).mean(0))
-            missed += sum(float((each - kept).float().square().sum()) for each in own)
-            total += sum(float(each.float().square().sum()) for each in own)
-            prefix, _, attribute = name.rpartition(".")  # the tensor is shared, not the module: that may know its place
-            for layer in layers[1:]:
-                setattr(layer.get_submodule(prefix), attribute, kept)
-        return missed / total if total else 0.0
+            own = torch.stack([layer.get_parameter(name).detach().double() for layer in layers])
+            value = own.mean(0) if self.start == "mean" else own[0]
+            moved, total = moved + float((own - value).square().sum()), total + float(own.square().sum())
+            found[name] = nn.Parameter(value.to(first.dtype), requires_grad=first.requires_grad)
+        return found, moved / total if total else 0.0
+
+
+def _put(layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Give a layer these parameters: the tensors are shared, not the modules, which may know their place."""
+    for name, parameter in weights.items():
+        prefix, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(prefix), attribute, parameter)
 
 
 def _alike(name: str, container: nn.Module) -> Iterator[Row]:
@@ -156,14 +168,13 @@ def _alike(name: str, container: nn.Module) -> Iterator[Row]:
     return (Row(layers) for layers in found.values())
 
 
-def _held_twice(model: nn.Module) -> set[int]:
-    """The identities of parameters that more than one place in the model holds."""
-    seen: set[int] = set()
-    twice: set[int] = set()
+def _holders_of(model: nn.Module) -> dict[int, set[int]]:
+    """The identities of the modules that hold each parameter, by its identity."""
+    found: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
+            found.setdefault(id(parameter), set()).add(id(module))
+    return found
 
 
 def _holders(name: str, layer: nn.Module) -> list[str]:
