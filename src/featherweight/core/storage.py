@@ -41,9 +41,9 @@ class Packed:
 
     @property
     def largest(self) -> int:
-        """Bytes that this form may take at most: the digits at its end are bits per weight, or per index."""
-        digits = re.search(r"\d+$", self.form)
-        bits = int(digits.group()) if digits else 32
+        """Bytes that this form may take at most: the number at its end is bits per weight or index (2x3: two of 3 bits)."""
+        digits = re.search(r"(?:(\d+)x)?(\d+)$", self.form)
+        bits = int(digits.group(1) or 1) * int(digits.group(2)) if digits else 32
         bits = bits if bits <= 8 else 16 if bits <= 16 else 32  # more than 8 are not packed
         return math.ceil(self.entries * bits / 8 * SLACK) + 8
 

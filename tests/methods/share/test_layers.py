@@ -112,12 +112,14 @@ def test_means_firsts_and_vectors_of_their_own():
 
 def test_what_is_shared_can_be_shared_further():
     task = blocks_task()
-    once, _ = shared(task, layout="cycle")
-    weights = [once.rows[place].b.weight.detach().clone() for place in (0, 1)]
-    again, _ = shared(task, once, layout="sequence")  # 0 1 0 1 becomes 0 0 1 1: each set is the mean of the same two
-    for row in again.rows:
-        assert torch.allclose(row.b.weight, (weights[0] + weights[1]) / 2, atol=1e-7)
+    once, _ = shared(task, layout="cycle", keep=0.7)  # 0 1 2 0
+    own = [once.rows[place].b.weight.detach().clone() for place in (0, 1, 2)]
+    again, _ = shared(task, once, layout="sequence")  # 0 0 1 1
+    assert torch.allclose(again.rows[0].b.weight, (own[0] + own[1]) / 2, atol=1e-7)
+    assert torch.allclose(again.rows[3].b.weight, (own[2] + own[0]) / 2, atol=1e-7)
     assert again.rows[0].b.weight is again.rows[1].b.weight is not again.rows[2].b.weight
+    with pytest.raises(NoEffect, match=r"2 different layers in its row that are alike; keep=0\.5 asks for no fewer"):
+        shared(task, again)
     one, _ = shared(task, again, keep=0.2)
     assert len({id(row.b.weight) for row in one.rows}) == 1
 
