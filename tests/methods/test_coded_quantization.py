@@ -10,10 +10,11 @@ from small_tasks import conv_task, one_thread, transformer_task  # noqa: F401
 from torch import Tensor, nn
 
 import featherweight as fw
-from featherweight.core.context import Context, run_step
+from featherweight.core.context import Context, run_recipe, run_step
 from featherweight.core.errors import RecipeError
 from featherweight.core.evaluate import torch_figure
 from featherweight.core.outputs import first
+from featherweight.core.recipe import Recipe
 from featherweight.core.scaled import Scaled, powers
 from featherweight.core.soft import encodings
 from featherweight.core.step import step
@@ -122,3 +123,19 @@ def test_a_drop_that_cannot_be_kept_is_an_error(monkeypatch: pytest.MonkeyPatch)
     task = conv_task()
     with pytest.raises(RecipeError, match="even 1 dB lose more than 0; raise max_drop"):
         made(task, max_drop=0.0)
+
+
+def test_every_pruned_layer_is_quantized_and_what_is_skipped_stays() -> None:
+    """Weights behind masks are made anew whenever they are read: they are told apart by what they are made from."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(6) for module in (nn.Linear(16, 16), nn.ReLU())]
+    inputs = torch.randn(64, 16)
+    data = fw.Arrays(inputs, (inputs[:, 0] > 0).long())
+    task = fw.Task(name="deep", model=nn.Sequential(*layers, nn.Linear(16, 2)), calibrate=data, test=data)
+    recipe = Recipe([{"kind": "prune.weights", "sparsity": 0.5}, {"kind": "quantize.coded", "skip": ["4"]}])
+    model, (_, record) = run_recipe(recipe, Context(task, device=CPU))
+    assert {left.layer for left in record.left} == {"4"}
+    assert set(encodings(model)) == {f"{place}.weight" for place in (0, 2, 6, 8, 10, 12)}
+    assert torch.equal(model.get_parameter("4.bias"), task.original.get_parameter("4.bias"))
+    kept = model.get_parameter("4.weight")
+    assert torch.equal(kept, task.original.get_parameter("4.weight") * (kept != 0))

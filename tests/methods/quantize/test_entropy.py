@@ -21,6 +21,7 @@ from featherweight.core.target import target
 from featherweight.core.task import Task
 from featherweight.methods.quantize.description import BEFORE, expected, length, price, total
 from featherweight.methods.quantize.entropy import Grid, Priced
+from featherweight.methods.quantize.ratedistortion import on_grid, to_digits
 
 CPU = torch.device("cpu")
 MEANS = st.floats(0.01, 20)
@@ -154,3 +155,31 @@ def test_settling_keeps_every_integer():
     assert "bits per weight" in grid.settle()
     links = layer.parametrizations["weight"]
     assert torch.equal(links[-1].encode(links.original).values, before) and parametrize.is_parametrized(layer)
+
+
+def test_floats_beside_the_weights_take_few_digits_and_what_is_skipped_stays(tmp_path: Path):
+    task = conv_task()
+    model, record = made(task, epochs=0.02, lr=1e-9, digits=5, skip=("hidden", "stem_norm"))
+    for name in ("hidden", "stem_norm"):
+        before, after = task.original.get_submodule(name), model.get_submodule(name)
+        assert torch.allclose(after.weight, before.weight, rtol=1e-6) and not torch.equal(
+            on_grid(after.weight, 5), after.weight
+        )
+        assert "excluded by skip" in {left.layer: left.reason for left in record.left}[name]
+    norm, kept = model.conv_norm, model.stem_norm
+    deviation = (norm.running_var + norm.eps).sqrt()
+    assert torch.equal(to_digits(norm.running_mean, deviation, 5), norm.running_mean)
+    assert torch.equal(to_digits(norm.running_var, norm.running_var, 5), norm.running_var)
+    assert not torch.equal(to_digits(kept.running_var, kept.running_var, 5), kept.running_var)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9), st.integers(2, 12))
+@settings(max_examples=50, deadline=None)
+def test_each_float_has_as_many_digits_as_asked(values, digits):
+    given_values = torch.tensor(values, dtype=torch.float64)
+    found = to_digits(given_values, given_values, digits)
+    assert float(((found - given_values) / given_values).abs().max()) <= 2.0 ** -(digits + 1)
+    wholes = found / torch.exp2(given_values.log2().floor() - digits)
+    assert torch.equal(wholes, wholes.round())
+    zero = torch.zeros(1)
+    assert torch.equal(to_digits(zero, zero, digits), zero)

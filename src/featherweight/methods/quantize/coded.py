@@ -22,14 +22,16 @@ from featherweight.core.step import Between, Place, Trait
 from featherweight.core.task import Split
 from featherweight.model.encoded import hold
 from featherweight.model.graph import captured, plain_graph
+from featherweight.model.masks import plain_weight
 from featherweight.model.norms import attribute, without_norms
 from featherweight.model.select import LayerStep
 
 from .correct import correct_biases
 from .fisher import loss_hessians
+from .floats import leave_floats, round_floats
 from .gptq import damped, factors, sorted_order
 from .placement import weight_name
-from .ratedistortion import exponents, on_grid, rounded, shared
+from .ratedistortion import exponents, rounded, shared
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 LOWEST, HIGHEST = 12.0, 48.0  # decibels between which the search looks,
@@ -57,9 +59,9 @@ class CodedQuantization(LayerStep, kind="quantize.coded"):
     the output's power to that of the error so predicted, in decibels. With `max_drop` (the metric's unit) it is what
     a search ends at: it goes up until the drop on the validation split is within it, and halves its last step. `rate`
     rounds towards 0 where that lowers `squared error + rate * bits` (error in steps). Embeddings get a step for each
-    column. `bias_correction` takes what the means of outputs have moved off the biases; all other floats are then
-    rounded to about `digits` binary digits. The model becomes a captured graph. Raises `RecipeError` if even the
-    highest ratio loses more than `max_drop`.
+    column. `bias_correction` takes what the means of outputs have moved off the biases; all other floats of modules
+    that `only` and `skip` do not leave out are then rounded to about `digits` binary digits. The model becomes a
+    captured graph. Raises `RecipeError` if even the highest ratio loses more than `max_drop`.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE
@@ -107,18 +109,15 @@ class CodedQuantization(LayerStep, kind="quantize.coded"):
         types = (*MATRICES, nn.Embedding) if self.embeddings else MATRICES
         found, seen = [], set()
         for name, layer in self.layers(model, ctx, types):
-            weight, encoding = layer.weight, stored.get(f"{name}.weight")
+            weight, encoding = plain_weight(layer), stored.get(f"{name}.weight")
             if encoding is not None and not isinstance(encoding, Sparse):
                 ctx.leave(name, "is already stored as an encoding")
-            elif not isinstance(weight, Tensor) or id(weight) in seen:
+            elif id(weight) in seen:
                 ctx.leave(name, "its weight is that of another layer")
             else:
                 seen.add(id(weight))
                 found.append(name)
-        for name, module in model.named_modules():
-            own = any(True for _ in module.parameters(recurse=False))
-            if own and not isinstance(module, types) and ".parametrizations." not in f".{name}.":
-                ctx.leave(name, "no convolution, linear layer or embedding; its floats are only rounded")
+        leave_floats(self, model, types, ctx)
         return found
 
     # -- sensitivities -----------------------------------------------------------------------------------------------
@@ -230,9 +229,7 @@ class _Work:
             layers = {f"{name}.weight": nodes[f"{name}.weight"] for name in encoded if f"{name}.weight" in nodes}
             batches = [tuple(self.ctx.task.named_inputs(batch).values()) for batch in self.ctx.batches("calibrate")]
             correct_biases(made, layers, lambda: to_device(batches, self.ctx.device), plain)
-        for name, parameter in made.named_parameters():
-            if ".parametrizations." not in f".{name}":
-                parameter.copy_(on_grid(parameter, self.step.digits))
+        round_floats(self.step, made, self.step.digits)
         return made, {name: f"{each.form} near its entropy, {snr:.3g} dB" for name, each in encoded.items()}
 
     def _quantize(self, name: str, spread: float) -> Scaled:

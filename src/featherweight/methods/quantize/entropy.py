@@ -18,10 +18,11 @@ from featherweight.core.fit import Groups, Training, steps_per_epoch
 from featherweight.core.soft import encodings
 from featherweight.core.step import Between, Place, Trait
 from featherweight.model.learned import LEAST, LearnedRounding
+from featherweight.model.masks import shared_weights
 from featherweight.model.select import LayerStep
 
 from .description import expected, price, total
-from .ratedistortion import on_grid
+from .floats import leave_floats, round_floats
 
 TYPES = (nn.Linear, _ConvNd)
 REFRESH = 10  # batches after which the prices of a layer's weights are taken anew
@@ -35,8 +36,9 @@ class EntropyQuantization(LayerStep, Training, kind="quantize.entropy"):
     and weights together, where the loss is a cross-entropy. Bits are those of an adaptive code that knows the mean
     magnitudes of rows and columns (see `description`), so that weights, rows and columns that say little become 0. The
     price rises from 0 over the first share `ramp` of the training. Each layer has one step size, first `coarse` times
-    the root mean square of its weights, and trained with them. Weights that are pruned stay 0. All other floats are
-    then rounded to about `digits` binary digits. Made for the target `coded`; any target that takes int8 carries it.
+    the root mean square of its weights, and trained with them. Weights that are pruned stay 0. All other floats
+    (statistics of batch norms too) of modules that `only` and `skip` do not leave out are then rounded to about
+    `digits` binary digits. Made for the target `coded`; any target that takes int8 carries it.
     Raises `TaskError` without training data, `NotFinite` if the loss leaves the finite numbers.
     """
 
@@ -73,33 +75,24 @@ class EntropyQuantization(LayerStep, Training, kind="quantize.entropy"):
         )
         for grid in grids:
             ctx.change(grid.name, grid.settle())
-        self._round_others(model, ctx)
+        leave_floats(self, model, TYPES, ctx)
+        round_floats(self, model, self.digits)
         return model
 
     def _choose(self, model: nn.Module, ctx: Context) -> list[tuple[str, nn.Module]]:
-        stored, holders, found = encodings(model), _holders(model), []
+        stored, sharing, found = encodings(model), shared_weights(model), []
         for name, layer in self.layers(model, ctx, TYPES):
             encoding = stored.get(f"{name}.weight")
             if encoding is not None and not isinstance(encoding, Sparse):
                 ctx.leave(name, f"its weight is already stored as {encoding.form}")
-            elif not parametrize.is_parametrized(layer) and len(holders[id(layer.weight)]) > 1:
-                ctx.leave(name, f"its weight is shared: {', '.join(sorted(holders[id(layer.weight)]))}")
+            elif name in sharing:
+                ctx.leave(name, f"its weight is shared with {sharing[name]}; its floats are only rounded")
             else:
                 found.append((name, layer))
         return found
 
     def _groups(self, grids: list[Grid]) -> Groups:
         return [{"params": [grid.link.scale for grid in grids], "lr": STEP_RATE * self.lr, "weight_decay": 0.0}]
-
-    @torch.no_grad()
-    def _round_others(self, model: nn.Module, ctx: Context) -> None:
-        for name, parameter in model.named_parameters():
-            if "parametrizations" not in name.split("."):
-                parameter.copy_(on_grid(parameter, self.digits))
-        for name, module in model.named_modules():
-            own = any(True for _ in module.parameters(recurse=False))
-            if own and not isinstance(module, TYPES) and "parametrizations" not in name.split("."):
-                ctx.leave(name, "no convolution or linear layer; its floats are only rounded")
 
 
 class Grid:
@@ -167,12 +160,3 @@ class Priced:
                 grid.appraise()
         self.calls += 1
         return self.weight * self.share * torch.stack([grid.bits() for grid in self.grids]).sum()
-
-
-def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that hold each parameter, by its identity."""
-    found: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            found.setdefault(id(parameter), []).append(name)
-    return found

@@ -100,3 +100,9 @@ def on_grid(values: Tensor, digits: int) -> Tensor:
         return values
     step = 2.0 ** (torch.tensor(size).log2().floor().item() - digits)
     return (values.double() / step).round().mul(step).to(values.dtype)
+
+
+def to_digits(values: Tensor, sizes: Tensor, digits: int) -> Tensor:
+    """Floats rounded to `digits` binary digits below the size of each; where the size is 0 they stay as they are."""
+    step = torch.exp2(sizes.double().log2().floor() - digits)
+    return torch.where(sizes > 0, (values.double() / step).round() * step, values.double()).to(values.dtype)
