@@ -41,7 +41,7 @@ class Packed:
 
     @property
     def largest(self) -> int:
-        """Bytes that this form may take at most: the number at its end is bits per weight or index (2x3: two of 3 bits)."""
+        """Bytes that this form may take at most: the number at its end is bits per weight or index (2x3: two of 3)."""
         digits = re.search(r"(?:(\d+)x)?(\d+)$", self.form)
         bits = int(digits.group(1) or 1) * int(digits.group(2)) if digits else 32
         bits = bits if bits <= 8 else 16 if bits <= 16 else 32  # more than 8 are not packed
