@@ -179,12 +179,15 @@ class Theirs:
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
+PLAIN = str.maketrans("|[]`", "/()'")  # what a message says must not end a cell or begin a link
+
+
 def cell(side: Side | None) -> str:
     if side is None:
         return ""
     if side.state != "done":
         where = f" ({side.stage})" if side.stage and side.state == "failed" else ""
-        return f"{side.state}{where}: {side.reason}".replace("|", "/")
+        return f"{side.state}{where}: {side.reason}".translate(PLAIN)
     if not side.removed:
         return "removes nothing, without a word"
     moved = f"; moves by {side.moved:.1g}" if side.moved is not None and side.moved > SILENT else ""
