@@ -10,7 +10,16 @@ from torch import nn
 from featherweight.core.context import Context, fingerprint
 from featherweight.core.data import Arrays
 from featherweight.core.errors import NotFinite, TaskError
-from featherweight.core.fit import Training, fit, grouped, steps_per_epoch, task_loss, towards, weighted
+from featherweight.core.fit import (
+    Training,
+    fit,
+    grouped,
+    steps_per_epoch,
+    task_loss,
+    towards,
+    training_inputs,
+    weighted,
+)
 from featherweight.core.metric import mean_squared_error, top1
 from featherweight.core.task import Task
 
@@ -65,6 +74,13 @@ def test_epochs_may_be_parts(task, epochs, steps):
     fit(task.fresh(), context(task), Training(epochs=epochs), during=lambda model, t: seen.append(t))
     assert steps_per_epoch(context(task), 16) == 5
     assert seen == [place / steps for place in range(steps)] + [1.0]
+
+
+def test_inputs_are_counted_not_batches(task):
+    ready = replace(task, train=list(task.batches("train", 9)))
+    assert training_inputs(context(task)) == training_inputs(context(ready)) == 70
+    with pytest.raises(TaskError, match="has no 'train' data"):
+        training_inputs(context(replace(task, train=None)))
 
 
 def test_the_rate_warms_up_and_ends_near_nought(task, monkeypatch):

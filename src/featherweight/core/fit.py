@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .data import to_device
+from .data import is_map_style, to_device
 from .errors import NotFinite, TaskError
 from .metric import same_class
 from .outputs import first
@@ -230,12 +230,17 @@ def steps_per_epoch(ctx: Context, size: int) -> int:
     as it is.
     """
     data = ctx.task.train
-    from .data import is_map_style
-
     if is_map_style(data):
         full, rest = divmod(len(data), size)
         return max(1, full + (rest > 1))
     return len(data) if hasattr(data, "__len__") else sum(1 for _ in ctx.task.batches("train", size))
+
+
+def training_inputs(ctx: Context) -> int:
+    """How many inputs an epoch of the training data has; raises `TaskError` if there are none."""
+    if ctx.task.has("train") and is_map_style(ctx.task.train):
+        return len(ctx.task.train)
+    return sum(ctx.task.count(batch) for batch in ctx.task.batches("train"))
 
 
 def _endless(ctx: Context, size: int, generator: torch.Generator, total: int, text: str) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from featherweight.core.context import Context, run_recipe, run_step
 from featherweight.core.data import Arrays
+from featherweight.core.fit import task_loss
 from featherweight.core.recipe import Recipe
 from featherweight.core.soft import chains, fold
 from featherweight.core.step import step
@@ -151,12 +153,34 @@ def test_a_layer_that_is_not_called_gets_no_noise():
             self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.two(torch.relu(x @ self.one.weight.T))
+            return self.two(input=torch.relu(x @ self.one.weight.T))
 
     x = torch.randn(64, 6)
     task = Task(name="direct", model=Direct(), train=Arrays(x, (x[:, 0] > 0).long()))
-    _, record = run("sparse.variational_dropout", task, epochs=1)
+    _, record = run("sparse.variational_dropout", task, epochs=1, start=0.0)
     assert "does not call it" in {left.layer: left.reason for left in record.left}["one"]
+    assert "are zero" in record.changed["two"]
+
+
+def test_the_divergence_is_spread_over_inputs_however_they_come_in_batches():
+    class Looked(Context):
+        penalty = 0.0
+
+        def fit(self, model: nn.Module, training: Any, **given: Any) -> float:  # type: ignore[override]
+            given["during"](model, 1.0)
+            batch = next(self.batches("train"))
+            output = self.task.call(model.eval(), batch)
+            loss = given["term"](model, batch, output, self) - task_loss(model, batch, output, self)
+            self.penalty = float(loss.detach())
+            return 0.0
+
+    task = conv_task()
+    found = []
+    for each in (task, replace(task, train=list(task.batches("train", 50)))):
+        ctx = Looked(each, device=torch.device("cpu"))
+        step("sparse.variational_dropout", start=-5.0).apply(each.fresh(), ctx)
+        found.append(ctx.penalty)
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0] > 1e-3
 
 
 # -- targeted dropout -------------------------------------------------------------------------------------------------

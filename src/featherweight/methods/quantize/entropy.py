@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from featherweight.core.context import Context
 from featherweight.core.encoding import Sparse
 from featherweight.core.errors import TaskError
-from featherweight.core.fit import Groups, Training, steps_per_epoch
+from featherweight.core.fit import Groups, Training, training_inputs
 from featherweight.core.soft import encodings
 from featherweight.core.step import Between, Place, Trait
 from featherweight.model.learned import LEAST, LearnedRounding
@@ -63,8 +63,7 @@ class EntropyQuantization(LayerStep, Training, kind="quantize.entropy"):
         grids = [Grid(name, layer, self.coarse) for name, layer in self._choose(model, ctx)]
         if not grids:
             return model
-        size = self.batch_size or ctx.task.batch_size
-        priced = Priced(grids, self.rate * math.log(2) / (steps_per_epoch(ctx, size) * size), self.ramp)
+        priced = Priced(grids, self.rate * math.log(2) / training_inputs(ctx), self.ramp)
         base = self.term()
 
         def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featherweight.core.context import Context
-from featherweight.core.errors import TaskError
-from featherweight.core.fit import Term, Training
+from featherweight.core.fit import Term, Training, training_inputs
 from featherweight.core.step import Between, Trait
 from featherweight.model.masks import mask_on, maskable, put_mask, zeros
 from featherweight.model.select import LayerStep
@@ -50,7 +49,7 @@ class VariationalDropout(LayerStep, Training, kind="sparse.variational_dropout")
         chosen = self._chosen(model, ctx)
         if not chosen:
             return model
-        scale = self.weight / _inputs(ctx)
+        scale = self.weight / training_inputs(ctx)
         progress = 0.0
 
         def during(_model: nn.Module, t: float) -> None:
@@ -97,15 +96,6 @@ def _add(called: set[str], name: str) -> Callable[[tuple[Any, ...], Any], None]:
     return lambda _given, _output: called.add(name)
 
 
-def _inputs(ctx: Context) -> int:
-    """The number of training inputs, over which the divergence is spread."""
-    if hasattr(ctx.task.train, "__len__") and hasattr(ctx.task.train, "__getitem__"):
-        return len(ctx.task.train)
-    if not ctx.task.has("train"):
-        raise TaskError(f"task {ctx.task.name} has no 'train' data, which training needs")
-    return sum(ctx.task.count(batch) for batch in ctx.task.batches("train"))
-
-
 def _log_variance(layer: nn.Module) -> nn.Parameter:
     return layer.get_parameter(PARAMETER)
 
@@ -130,7 +120,7 @@ def noisy(layers: Mapping[str, nn.Module], start: float) -> Iterator[None]:
     for layer in layers.values():
         weight: Tensor = layer.weight  # type: ignore[assignment]
         layer.register_parameter(PARAMETER, nn.Parameter(torch.full_like(weight.detach(), start)))
-        handles.append(layer.register_forward_hook(with_noise))
+        handles.append(layer.register_forward_hook(with_noise, with_kwargs=True))
     try:
         yield
     finally:
@@ -140,14 +130,14 @@ def noisy(layers: Mapping[str, nn.Module], start: float) -> Iterator[None]:
             delattr(layer, PARAMETER)
 
 
-def with_noise(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def with_noise(layer: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> Tensor:
     """The output of a layer with the noise that independent Gaussian noise on its weights makes there."""
     if not layer.training:
         return output
     variance, mask = _log_variance(layer).exp(), mask_on(layer)
     if mask is not None:
         variance = variance * mask.keep
-    squared = given[0].square()
+    squared = (given[0] if given else named["input"]).square()
     if isinstance(layer, CONVOLUTIONS):
         spread = layer._conv_forward(squared, variance, None)
     else:
