@@ -19,6 +19,7 @@ from featherweight.core.scaled import Scaled, powers
 from featherweight.core.soft import encodings
 from featherweight.core.step import step
 from featherweight.core.task import Split
+from featherweight.methods.quantize.coded import Sensitivity, together
 from featherweight.methods.quantize.gptq import factors, loss, sorted_order
 from featherweight.methods.quantize.ratedistortion import code_lengths, exponents, on_grid, rounded
 
@@ -139,3 +140,44 @@ def test_every_pruned_layer_is_quantized_and_what_is_skipped_stays() -> None:
     assert torch.equal(model.get_parameter("4.bias"), task.original.get_parameter("4.bias"))
     kept = model.get_parameter("4.weight")
     assert torch.equal(kept, task.original.get_parameter("4.weight") * (kept != 0))
+
+
+class Looked(nn.Module):
+    """A table that is looked up, and, where `tied`, is the head's weight too."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.middle, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.middle(self.table(x))).mean(1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_that_are_looked_up_are_quantized_once(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = fw.Arrays(torch.randint(0, 50, (256, 7)), torch.randint(0, 50, (256,)))
+    task = fw.Task(name="looked", model=Looked(tied), calibrate=data, test=data)
+    model, record = run_step(step("quantize.coded", snr=30.0), task.fresh(), Context(task, device=CPU))
+    assert noise(task, model) == pytest.approx(30, abs=4)
+    assert set(record.changed) == {"table", "middle", "head"} and not record.left
+    assert len(encodings(model)) == (2 if tied else 3)
+    assert all(isinstance(each, Scaled) for each in encodings(model).values())
+    if not tied:
+        return
+    assert ("shares the weight of" in record.changed["table"]) != ("shares the weight of" in record.changed["head"])
+    _, record = run_step(step("quantize.coded", embeddings=False), task.fresh(), Context(task, device=CPU))
+    assert "shares its weight with table" in {left.layer: left.reason for left in record.left}["head"]
+
+
+def test_what_several_layers_do_with_one_weight_adds_up() -> None:
+    matrix = Sensitivity(torch.eye(3)[None] * 2, torch.full((1, 3), 2.0), torch.tensor([0.9, 0.1]))
+    table = Sensitivity(None, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.5]))
+    both = together([matrix, table])
+    assert both.hessian is not None
+    torch.testing.assert_close(both.hessian[0], torch.diag(torch.tensor([3.0, 4.0, 5.0])))
+    torch.testing.assert_close(both.rows, torch.tensor([0.7, 0.3]))
+    twice = together([table, table])
+    assert twice.hessian is None and torch.equal(twice.columns, 2 * table.columns)

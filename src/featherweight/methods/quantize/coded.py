@@ -23,6 +23,7 @@ from featherweight.core.task import Split
 from featherweight.model.encoded import hold
 from featherweight.model.graph import captured, plain_graph
 from featherweight.model.masks import plain_weight
+from featherweight.model.matrices import sharers
 from featherweight.model.norms import attribute, without_norms
 from featherweight.model.select import LayerStep
 
@@ -84,41 +85,55 @@ class CodedQuantization(LayerStep, kind="quantize.coded"):
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         stored = encodings(model)
-        names = self._choose(model, stored, ctx)
-        if not names:
+        twins = self._choose(model, stored, ctx)
+        if not twins:
             return model
         plain, free = fold(model), {name: ctx.task.free(name) for name in ctx.example}
-        found = self._sensitivities(plain, names, ctx)
+        found = self._sensitivities(plain, [name for names in twins for name in names], ctx)
         module = captured(plain, ctx.example, free)
         module, folded, unequal = without_norms(module, ctx.example)
         if unequal:
             ctx.warn(f"{self.kind}: batch norms are not folded, which would change the outputs: {unequal}")
-        unread = set(names) - {str(node.target).rpartition(".")[0] for node in module.graph.nodes}
-        for name in sorted(unread):
-            ctx.leave(name, "the model does not read its weight")
         for layer in folded:
             ctx.change(layer, "batch norm folded in")
-        work = _Work(self, module, plain, {name: found[name] for name in names if name not in unread}, stored, ctx)
+        work = _Work(self, module, plain, self._read(module, twins, found, ctx), stored, ctx)
         made, sizes = work.search(self.max_drop) if self.max_drop is not None else work.build(self.snr)
         for name, how in sizes.items():
             ctx.change(name, f"{how}; batch norm folded in" if name in folded else how)
         return made
 
-    def _choose(self, model: nn.Module, stored: dict[str, Any], ctx: Context) -> list[str]:
-        """The layers to quantize; every other layer that has parameters is reported as left alone."""
+    def _choose(self, model: nn.Module, stored: dict[str, Any], ctx: Context) -> list[list[str]]:
+        """The layers to quantize, those of one weight together; every other layer with parameters is left alone."""
         types = (*MATRICES, nn.Embedding) if self.embeddings else MATRICES
-        found, seen = [], set()
-        for name, layer in self.layers(model, ctx, types):
-            weight, encoding = plain_weight(layer), stored.get(f"{name}.weight")
+        layers, found = dict(self.layers(model, ctx, types)), dict[int, list[str]]()
+        for name, layer in layers.items():
+            encoding = stored.get(f"{name}.weight")
+            others = [other for other, _ in sharers(model, layer) if other not in layers]
             if encoding is not None and not isinstance(encoding, Sparse):
                 ctx.leave(name, "is already stored as an encoding")
-            elif id(weight) in seen:
-                ctx.leave(name, "its weight is that of another layer")
+            elif others:
+                ctx.leave(name, f"shares its weight with {others[0]}, which is not quantized")
             else:
-                seen.add(id(weight))
-                found.append(name)
+                found.setdefault(id(plain_weight(layer)), []).append(name)
         leave_floats(self, model, types, ctx)
-        return found
+        return list(found.values())
+
+    def _read(
+        self, module: fx.GraphModule, twins: list[list[str]], found: dict[str, Sensitivity], ctx: Context
+    ) -> dict[str, Sensitivity]:
+        """What is known of each weight, by the name under which the captured model reads it."""
+        read = {str(node.target).rpartition(".")[0] for node in module.graph.nodes if node.op == "get_attr"}
+        known: dict[str, Sensitivity] = {}
+        for names in twins:
+            name = next((each for each in names if each in read), None)
+            if name is not None:
+                known[name] = together([found[each] for each in names])
+            for other in names:
+                if name is None:
+                    ctx.leave(other, "the model does not read its weight")
+                elif other != name:
+                    ctx.change(other, f"shares the weight of {name}")
+        return known
 
     # -- sensitivities -----------------------------------------------------------------------------------------------
     def _sensitivities(self, plain: nn.Module, names: list[str], ctx: Context) -> dict[str, Sensitivity]:
@@ -148,6 +163,21 @@ class CodedQuantization(LayerStep, kind="quantize.coded"):
             columns = _lookup_sensitivity(plain, layer, probed) / max(power, 1e-30)
             found[name] = Sensitivity(None, columns, torch.full((len(layer.weight),), 1 / len(layer.weight)))
         return found
+
+
+def together(parts: list[Sensitivity]) -> Sensitivity:
+    """What an error does in a weight that several layers read: what it does in each, added up as far as rows and
+    columns can stand for it.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    sizes = torch.stack([each.columns.sum() for each in parts])
+    rows = torch.stack([each.rows * size for each, size in zip(parts, sizes)]).sum(0) / sizes.sum().clamp_min(1e-30)
+    columns = torch.stack([each.columns.reshape(-1, parts[0].columns.shape[-1]) for each in parts]).sum(0)
+    if all(each.hessian is None for each in parts):
+        return Sensitivity(None, columns[0], rows)
+    hessians = [torch.diag_embed(each.columns)[None] if each.hessian is None else each.hessian for each in parts]
+    return Sensitivity(torch.stack(hessians).sum(0), columns, rows)
 
 
 def _lookup_sensitivity(plain: nn.Module, layer: nn.Embedding, ctx: Context) -> Tensor:
@@ -259,7 +289,7 @@ class _Work:
             found = self.found[name]
             if found.hessian is None:
                 diagonal = found.columns + self.step.damping * found.columns.mean().clamp_min(1e-30)
-                self.known[name] = [(torch.zeros(0), diagonal, torch.arange(len(diagonal)))]
+                self.known[name] = [(torch.eye(len(diagonal)), diagonal, torch.arange(len(diagonal)))]
             else:
                 self.known[name] = [_decomposed(each, self.step.damping) for each in found.hessian]
         return self.known[name]
