@@ -1,5 +1,5 @@
 """Every step in sequence with every other: saved, loaded, exported, compared. An eighth of the pairs runs by
-default, so that steps come first and second with several; the others are slow.
+default, so that steps come first and second with several; the others are slow, and so are those of steps that search.
 """
 
 import functools
@@ -23,12 +23,13 @@ from featherweight.model.skeleton import load, save
 
 TARGETS = ("onnxruntime", "torch")
 TAKES_THE_REST = frozenset({"quantize.float16"})  # stores what other steps left: in a pair something must be left
+SEARCHING = frozenset({"quantize.coded", "quantize.mixed", "quantize.trellis"})  # take tens of seconds after another
 ALLOWED = [pair for pair in itertools.product(KINDS, repeat=2) if allowed(*pair)]
 PAIRS = [pair for pair in ALLOWED if share_a_task(*pair)]
 
 
 def pair(one: str, other: str):
-    often = (KINDS.index(one) + 2 * KINDS.index(other)) % 8 == 0
+    often = (KINDS.index(one) + 2 * KINDS.index(other)) % 8 == 0 and not SEARCHING & {one, other}
     return pytest.param(one, other, marks=() if often else pytest.mark.slow, id=f"{one}-{other}")
 
 

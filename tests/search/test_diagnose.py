@@ -161,6 +161,7 @@ def test_a_collapse_is_named_with_the_layer_where_it_starts():
     assert (found.collapse.how, found.collapse.layer) == ("the same output for every input", "middle")
 
 
+@pytest.mark.slow
 def test_the_search_leaves_out_the_layer_that_no_storage_can_carry(tmp_path: Path):
     task, name = damaged(3)
     run = api.compress(task, out=tmp_path / "run", budget=Budget(objective="size", max_drop=5.0), trials=6).run
