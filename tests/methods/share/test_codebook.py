@@ -17,6 +17,7 @@ from featherweight.core.step import step
 from featherweight.core.target import target
 from featherweight.core.task import Task
 from featherweight.methods.share.clusters import density_start, error, k_means, linear_start, nearest, plus_plus_start
+from featherweight.model.masks import put_mask
 from featherweight.model.skeleton import load, save
 
 CPU = torch.device("cpu")
@@ -146,3 +147,23 @@ def test_what_cannot_share_is_named():
     assert any("does not divide" in str(each) for each in record.left)
     _, record = shared(conv_task(), bits=8)
     assert any("has no more weights than a table" in str(each) for each in record.left)
+
+
+@pytest.mark.parametrize("start", ["linear", "density", "k-means++"])
+def test_a_layer_of_one_value_keeps_it_beside_others(start):
+    """A filter that blurs: all of its weights are alike, so they have no spread to be measured by."""
+    task = conv_task()
+    model = task.fresh()
+    with torch.no_grad():
+        model.depth.weight.fill_(1 / 9)
+    model, _ = run_step(step("share.codebook", scope="model", start=start), model, Context(task, device=CPU))
+    assert torch.allclose(model.depth.weight, torch.tensor(1 / 9), rtol=0.2)
+
+
+def test_a_layer_that_is_pruned_away_is_named():
+    task = conv_task()
+    model = task.fresh()
+    put_mask(model.hidden, torch.zeros(32, 64, dtype=torch.bool))
+    model, record = run_step(step("share.codebook"), model, Context(task, device=CPU))
+    assert "all of its weights are pruned" in {left.layer: left.reason for left in record.left}["hidden"]
+    assert not model.hidden.weight.any() and "conv" in record.changed

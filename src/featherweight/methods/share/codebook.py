@@ -80,6 +80,8 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
             return f"length={self.length} does not divide its {matrix.columns} inputs"
         if matrix.axis and self.length > 1:
             return "its outputs are not the first dimension of its weight: only single weights share"
+        if matrix.keep is not None and not bool(matrix.keep.any()):
+            return "all of its weights are pruned"
         if matrix.keep is not None and (self.length > 1 or self.codebooks > 1):
             return "it is pruned, and vectors and sums hold single zeros no longer; use length 1 and one codebook"
         if matrix.parameter().numel() // self.length < 2**self.bits:
@@ -105,10 +107,10 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
     @torch.no_grad()
     def _share(self, matrices: list[Matrix], importance: dict[str, Tensor], ctx: Context) -> None:
         """Find one table for these matrices, and put the indices in place of their weights."""
-        scales = [
-            matrix.weight().std().clamp_min(1e-12) if self.scope == "model" else torch.ones(()) for matrix in matrices
-        ]
-        points = [(matrix.weight() / scale).reshape(-1, self.length) for matrix, scale in zip(matrices, scales)]
+        weights = [matrix.weight().cpu() for matrix in matrices]  # clusters are found on the CPU, wherever the model is
+        alone = torch.ones(())
+        scales = [root_mean_square(weight) if self.scope == "model" else alone for weight in weights]
+        points = [(weight / scale).reshape(-1, self.length) for weight, scale in zip(weights, scales)]
         masses = [
             _mass(matrix, importance.get(matrix.name), self.length) * scale**2
             for matrix, scale in zip(matrices, scales)
@@ -119,10 +121,10 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
         for matrix, scale, own, mass in zip(matrices, scales, points, masses):
             indices = assign(own, tables, SWEEPS)
             if matrix.keep is not None:
-                indices = torch.where(matrix.keep.flatten(), indices, 0)
+                indices = torch.where(matrix.keep.cpu().flatten(), indices, 0)
             total = float((own.square().sum(1) * mass).sum())
             missed = float(((own - summed(tables, indices)).square().sum(1) * mass).sum())
-            link = _link(matrix, indices, tables, scale, self.length, int(pruned))
+            link = _link(matrix, indices, tables, scale, self.length, int(pruned)).to(matrix.parameter().device)
             if first is not None:
                 link.table = first.table
             first = first or link
@@ -150,17 +152,24 @@ class CodebookSharing(LayerStep, kind="share.codebook"):
         return tables.half().float()
 
 
+def root_mean_square(weight: Tensor) -> Tensor:
+    """The size of the weights of a layer, a scalar above 0."""
+    return weight.square().mean().sqrt().clamp_min(1e-12)
+
+
 def _mass(matrix: Matrix, importance: Tensor | None, length: int) -> Tensor:
     """What each weight (or vector of `length`) counts, [n]; pruned ones nothing."""
     rows = matrix.weight().shape[0]
     if importance is None:
         mass = torch.ones(rows, matrix.columns)
     else:
-        mass = importance.clamp_min(1e-6 * float(importance.mean()) + 1e-30).repeat_interleave(
-            rows // len(importance), 0
+        mass = (
+            importance.cpu()
+            .clamp_min(1e-6 * float(importance.mean()) + 1e-30)
+            .repeat_interleave(rows // len(importance), 0)
         )
     if matrix.keep is not None:
-        mass = mass * matrix.keep
+        mass = mass * matrix.keep.cpu()
     return mass.reshape(-1, length).mean(1)
 
 
