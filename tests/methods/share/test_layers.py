@@ -140,3 +140,23 @@ def test_what_cannot_share_is_named():
     tied.stem.bias = tied.rows[0].b.bias
     with pytest.raises(NoEffect, match="those of layers elsewhere"):
         shared(task, tied)
+
+
+def test_what_a_layer_holds_under_two_names_stays_one():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(torch.relu(self.a(x)))
+
+    x = torch.randn(8, 6)
+    net = nn.Sequential(nn.Sequential(*(Tied() for _ in range(4))), nn.Linear(6, 2))
+    task = Task(name="tied", model=net, calibrate=[(x,)])
+    model, _ = shared(task)
+    weights = [weight for layer in model[0] for weight in (layer.a.weight, layer.b.weight)]
+    assert len({id(weight) for weight in weights}) == 2
+    theirs = [layer.a.weight.detach() for layer in task.original[0]]
+    assert torch.allclose(model[0][0].b.weight, (theirs[0] + theirs[1]) / 2, atol=1e-7)

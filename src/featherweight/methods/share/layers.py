@@ -139,14 +139,18 @@ class LayerSharing(LayerStep, kind="share.layers"):
     def _shared(self, layers: list[nn.Module]) -> tuple[dict[str, nn.Parameter], float]:
         """The parameters that these layers are to share, and the share of the energy of all weights that this moves."""
         found: dict[str, nn.Parameter] = {}
+        made: dict[int, nn.Parameter] = {}  # a layer may hold one parameter under several names
         moved = total = 0.0
-        for name, first in layers[0].named_parameters():
+        for name, first in layers[0].named_parameters(remove_duplicate=False):
             if self.share == "matrices" and first.dim() < 2:
+                continue
+            if id(first) in made:
+                found[name] = made[id(first)]
                 continue
             own = torch.stack([layer.get_parameter(name).detach().double() for layer in layers])
             value = own.mean(0) if self.start == "mean" else own[0]
             moved, total = moved + float((own - value).square().sum()), total + float(own.square().sum())
-            found[name] = nn.Parameter(value.to(first.dtype), requires_grad=first.requires_grad)
+            found[name] = made[id(first)] = nn.Parameter(value.to(first.dtype), requires_grad=first.requires_grad)
         return found, moved / total if total else 0.0
 
 
