@@ -91,7 +91,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, default=list(BITS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--window", type=int, help="bits of a trellis's window: 8, and whole bits alone, for a large network")
+    parser.add_argument(
+        "--window", type=int, help="bits of a trellis's window: 8, and whole bits alone, for a large network"
+    )
     parser.add_argument("--epochs", type=float, default=2.0, help="of training what is left; 0 leaves it out")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
