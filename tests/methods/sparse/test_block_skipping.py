@@ -257,6 +257,34 @@ def test_each_branch_is_scaled_by_the_chance_to_be_there():
     assert float(model.get_parameter("blocks.2.bn2.weight").detach().mean()) == pytest.approx(1, abs=0.05)
 
 
+def test_branches_that_start_silent_are_skipped_and_scaled_too():
+    """The last norm of each block starts at zero (arXiv:1706.02677), so that untrained blocks hand on what they get."""
+    task = net_task()
+    for block in task.original.blocks:
+        nn.init.zeros_(block.bn2.weight)
+    model, record = run("sparse.stochastic_depth", task, rate=0.5, lr=1e-2)
+    assert [name for name in record.changed if name != "*"] == ["blocks.0", "blocks.1", "blocks.3"]
+    assert all("; bn2 scaled by" in how for name, how in record.changed.items() if name != "*")
+    assert bool(model.get_parameter("blocks.3.bn2.weight").any())
+
+
+def test_branches_are_scaled_where_they_ended_before_training():
+    """What ends a branch that training has silenced could not be found out any more."""
+
+    class Silenced(Context):
+        def fit(self, model: nn.Module, *given: Any, **named: Any) -> float:
+            loss = super().fit(model, *given, **named)
+            with torch.no_grad():
+                model.get_parameter("blocks.0.bn2.weight").zero_()
+                model.get_parameter("blocks.0.bn2.bias").zero_()
+            return loss
+
+    ctx = Silenced(net_task(), device=torch.device("cpu"))
+    item = step("sparse.stochastic_depth", rate=0.8, epochs=1, lr=1e-3)
+    _, record = run_step(item, ctx.task.fresh(), ctx)
+    assert record.changed["blocks.0"].endswith("bn2 scaled by 0.8")
+
+
 def test_a_block_with_two_branches_is_scaled_at_both_ends():
     _, record = run("sparse.stochastic_depth", blocks_task())
     hows = [how for name, how in record.changed.items() if name != "*"]

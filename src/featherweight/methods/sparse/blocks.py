@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -15,6 +16,8 @@ from featherweight.model.masks import TYPES
 from featherweight.model.select import LayerStep, excluded, unused
 
 from .skipping import Draw, skipping, wraps
+
+Finish = Callable[[nn.Module], nn.Module]  # the trained model -> the model that is left
 
 
 class BlockSkipping(LayerStep, Training):
@@ -30,7 +33,7 @@ class BlockSkipping(LayerStep, Training):
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        rates = self._rates(model, ctx)
+        rates, finish = self._plan(model, ctx)
         self._leave_rest(model, list(rates), ctx)
         if not rates:
             return model
@@ -41,14 +44,11 @@ class BlockSkipping(LayerStep, Training):
         ctx.change("*", f"trained for {self.epochs:g} epochs, {share:.1%} of the blocks skipped, last loss {loss:.4g}")
         for name in rates:
             ctx.change(name, f"skipped in {draw.drawn.get(name, 0)} of {draw.steps} steps")
-        return self._finish(model, rates, ctx)
+        return finish(model)
 
-    def _rates(self, model: nn.Module, ctx: Context) -> dict[str, float]:
-        """How often each block is skipped, by name, in the order of the network."""
+    def _plan(self, model: nn.Module, ctx: Context) -> tuple[dict[str, float], Finish]:
+        """How often each block is skipped, by name in the order of the network, and what is done after training."""
         raise NotImplementedError(f"{type(self).__name__} must say how often blocks are skipped")
-
-    def _finish(self, model: nn.Module, rates: dict[str, float], ctx: Context) -> nn.Module:
-        return model
 
     def _blocks(self, model: nn.Module, ctx: Context) -> tuple[list[str], list[str]]:
         """The blocks that are skipped, and all that stand in rows; every other one is reported as left alone."""

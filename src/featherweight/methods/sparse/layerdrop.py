@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featherweight.core.context import Context
 from featherweight.model.blocks import remove_blocks
 
-from .blocks import BlockSkipping
+from .blocks import BlockSkipping, Finish
 from .skipping import evenly
 
 
@@ -28,11 +28,12 @@ class LayerDrop(BlockSkipping, kind="sparse.layerdrop"):
 
     keep: Annotated[float, Field(gt=0, le=1)] = 1.0
 
-    def _rates(self, model: nn.Module, ctx: Context) -> dict[str, float]:
-        return dict.fromkeys(self._blocks(model, ctx)[0], self.rate)
+    def _plan(self, model: nn.Module, ctx: Context) -> tuple[dict[str, float], Finish]:
+        names = self._blocks(model, ctx)[0]
+        return dict.fromkeys(names, self.rate), lambda trained: self._cut(trained, names, ctx)
 
-    def _finish(self, model: nn.Module, rates: dict[str, float], ctx: Context) -> nn.Module:
-        names = list(rates)
+    def _cut(self, model: nn.Module, names: list[str], ctx: Context) -> nn.Module:
+        """The model with a share of the named blocks."""
         kept = evenly(len(names), max(1, round(self.keep * len(names))))
         gone = [name for place, name in enumerate(names) if place not in kept]
         for name in gone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,17 +25,29 @@ def owners(block: nn.Module) -> Owners:
 
 
 @contextmanager
-def zeroed(parameters: Sequence[nn.Parameter], factor: float = 0.0) -> Iterator[None]:
-    """Within this block the parameters are zero, or `factor` times what they are."""
+def changed(parameters: Sequence[nn.Parameter], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within this block the parameters are what `change` makes of them."""
     before = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
         for parameter in parameters:
-            parameter.mul_(factor)
+            parameter.copy_(change(parameter))
         try:
             yield
         finally:
             for parameter, value in zip(parameters, before):
                 parameter.copy_(value)
+
+
+def scaled(parameters: Sequence[nn.Parameter], factor: float) -> AbstractContextManager[None]:
+    """Within this block the parameters are `factor` times what they are."""
+    return changed(parameters, lambda value: value * factor)
+
+
+def filled(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Within this block those of the parameters that are zero throughout hold something: branches may start silent."""
+    generator = torch.Generator().manual_seed(0)
+    zero = [parameter for parameter in parameters if not bool(parameter.any())]
+    return changed(zero, lambda value: torch.randn(value.shape, generator=generator).to(value))
 
 
 @torch.no_grad()
@@ -50,17 +62,18 @@ def branch_ends(block: nn.Module, run: Callable[[], tuple[Tensor, Tensor]]) -> l
     ends = in_order(block, list(own), run)
 
     def identity(names: list[str]) -> bool:
-        with zeroed([parameter for name in names for parameter in own[name]]):
+        with scaled([parameter for name in names for parameter in own[name]], 0):
             before, after = run()
         return before.shape == after.shape and relative_difference(before, after) <= SAME
 
-    if not ends or not identity(ends):
-        return []
-    for name in list(ends):
-        fewer = [other for other in ends if other != name]
-        if identity(fewer):
-            ends = fewer
-    return ends if all(_scales(own, ends, name, run) for name in ends) else []
+    with filled(list(block.parameters())):
+        if not ends or not identity(ends):
+            return []
+        for name in list(ends):
+            fewer = [other for other in ends if other != name]
+            if identity(fewer):
+                ends = fewer
+        return ends if all(_scales(own, ends, name, run) for name in ends) else []
 
 
 def _scales(own: Owners, ends: Sequence[str], name: str, run: Callable[[], tuple[Tensor, Tensor]]) -> bool:
@@ -69,9 +82,9 @@ def _scales(own: Owners, ends: Sequence[str], name: str, run: Callable[[], tuple
     An activation may follow the addition; only entries that it does not cut off are compared.
     """
     others = [parameter for other in ends if other != name for parameter in own[other]]
-    with zeroed(others):
+    with scaled(others, 0):
         before, whole = run()
-        with zeroed(own[name], 0.5):
+        with scaled(own[name], 0.5):
             half = run()[1]
     seen = whole != 0
     return relative_difference((whole - before)[seen] / 2, (half - before)[seen]) <= SCALED

@@ -13,7 +13,7 @@ from featherweight.core.outputs import first
 from featherweight.core.soft import Mask
 from featherweight.model.masks import links_of
 
-from .blocks import BlockSkipping
+from .blocks import BlockSkipping, Finish
 from .residual import branch_ends, first_call, owners
 from .skipping import handed_on, linear_decay
 
@@ -31,14 +31,15 @@ class StochasticDepth(BlockSkipping, kind="sparse.stochastic_depth"):
 
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
-    def _rates(self, model: nn.Module, ctx: Context) -> dict[str, float]:
+    def _plan(self, model: nn.Module, ctx: Context) -> tuple[dict[str, float], Finish]:
         blocks, rows = self._blocks(model, ctx)
         ends = self._ends(model, blocks, ctx)
         for name in blocks:
             if not ends[name]:
                 ctx.leave(name, "none of its layers can be scaled so that what it adds to its input is")
         chances = dict(zip(rows, linear_decay(len(rows), self.rate)))
-        return {name: chances[name] for name in blocks if ends[name]}
+        rates = {name: chances[name] for name in blocks if ends[name]}
+        return rates, lambda trained: self._scale(trained, rates, ends, ctx)
 
     def _ends(self, model: nn.Module, blocks: list[str], ctx: Context) -> dict[str, list[str]]:
         """The last layer of each residual branch of each block; none where one cannot be scaled."""
@@ -55,8 +56,8 @@ class StochasticDepth(BlockSkipping, kind="sparse.stochastic_depth"):
         return found
 
     @torch.no_grad()
-    def _finish(self, model: nn.Module, rates: dict[str, float], ctx: Context) -> nn.Module:
-        ends = self._ends(model.eval(), list(rates), ctx)
+    def _scale(self, model: nn.Module, rates: dict[str, float], ends: dict[str, list[str]], ctx: Context) -> nn.Module:
+        """The model whose branches are scaled by how often they were there; their `ends` do not change in training."""
         for name, rate in rates.items():
             own = owners(model.get_submodule(name))
             for parameter in (parameter for end in ends[name] for parameter in own[end]):
