@@ -69,6 +69,44 @@ def test_two_of_four_lie_where_the_channels_lie(score: str):
     assert ("stem", "its rows of 9 weights are no groups of 4") in {(each.layer, each.reason) for each in record.left}
 
 
+def channels(count: int) -> Task:
+    """A network of digits on `count` channels: a 2 x 2 convolution, one of single channels, one of groups of four."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, count, 1),
+        nn.Conv2d(count, 8, 2),
+        nn.Conv2d(8, 8, 4, groups=8),
+        nn.Conv2d(8, 10, 2, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    return Task(name="channels", model=model.eval(), batch_size=32, **digits())
+
+
+def test_groups_never_reach_from_one_place_of_the_kernel_to_the_next():
+    """24 weights of 6 channels and 16 of one channel divide by four, but not into four channels at one place."""
+    _, record = pruned(channels(6), pattern="2:4", skip=("0",))
+    left = {each.layer: each.reason for each in record.left}
+    assert left["1"] == "its 6 inputs at a place of the kernel are no groups of 4"
+    assert left["2"] == "its 1 inputs at a place of the kernel are no groups of 4"
+    model, record = pruned(channels(8), pattern="2:4")
+    assert set(record.changed) == {"1", "3"}
+    for weight in weights(model).values():
+        assert ((weight != 0).unfold(1, 4, 4).sum(-1) <= 2).all()
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+def test_blocks_never_reach_from_one_group_of_channels_to_the_next(score: str):
+    """8 rows of one channel each, and 10 of two groups, divide by two and by five, but two rows of one group do not."""
+    _, record = pruned(channels(6), pattern=(2, 1), score=score, scope="layer", skip=("0",))
+    assert set(record.changed) == {"1"}
+    left = {each.layer: each.reason for each in record.left}
+    assert left["2"] == "its 1 x 16 weights are no blocks of 2 x 1"
+    assert left["3"] == "its 5 x 16 weights are no blocks of 2 x 1"
+    _, record = pruned(channels(6), pattern=(5, 4), score=score, scope="layer", only="3")
+    assert set(record.changed) == {"3"}
+
+
 @pytest.mark.parametrize("score", ["magnitude", "fisher", "wanda", "sparsegpt"])
 def test_blocks_are_whole(score: str):
     chosen = "attend.*,wide,narrow"
@@ -270,6 +308,18 @@ def test_a_layer_whose_inputs_are_nought_is_left_and_named():
     _, record = pruned(task, score="sparsegpt", only="blocks.*")
     assert {each.layer: each.reason for each in record.left}["blocks.1.two"].startswith("its inputs in the calibration")
     assert "blocks.1.one" in record.changed
+
+
+@pytest.mark.parametrize("score", ["sparsegpt", "obs"])
+def test_a_group_of_channels_whose_inputs_are_nought_is_pruned_by_size(score: str):
+    task = channels(6)
+    dead: Any = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), *list(task.original)[2:])  # type: ignore[call-overload]
+    dead[0].bias.data[2] = -100.0
+    model, record = pruned(replace(task, model=dead.eval()), score=score, only="2", scope="layer")
+    assert set(record.changed) == {"2"}
+    kept, before = weights(model)["2.weight"][2].flatten(), dead[2].weight[2].flatten()
+    assert torch.equal(kept != 0, before.abs() >= before.abs().sort().values[8])
+    assert torch.allclose(kept[kept != 0], before[kept != 0])
 
 
 def test_inputs_that_are_not_finite_are_refused():

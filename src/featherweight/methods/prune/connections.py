@@ -83,8 +83,7 @@ def connections(step: LayerStep, model: nn.Module, ctx: Context, pattern: Patter
     for name, layer in maskable(step, model, ctx, kinds(model)).items():
         axis = 1 if isinstance(layer, _ConvTransposeNd) or _turned(layer) else 0
         weight = plain_weight(layer)
-        reason = pattern.obstacle(weight.shape[axis], weight.numel() // weight.shape[axis])
-        if reason:
+        if reason := pattern.obstacle(*_extents(layer, weight, axis)):
             ctx.leave(name, reason)
             continue
         mask = mask_on(layer)
@@ -103,6 +102,14 @@ def kinds(model: nn.Module) -> Kinds:
 def _turned(module: nn.Module) -> bool:
     """Whether this is transformers' linear layer with a transposed weight."""
     return parametrize.type_before_parametrizations(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _extents(layer: nn.Module, weight: Tensor, axis: int) -> tuple[int, int, int]:
+    """Outputs and inputs that meet in a layer (those of one of its groups of channels), and places of its kernel."""
+    groups = int(getattr(layer, "groups", 1))
+    outputs, inputs = weight.shape[axis], weight.shape[1 - axis]
+    places = weight.numel() // (outputs * inputs)
+    return (outputs, inputs // groups, places) if axis else (outputs // groups, inputs, places)
 
 
 def _order(weight: Tensor, axis: int) -> Tensor:

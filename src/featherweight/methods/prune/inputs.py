@@ -53,7 +53,7 @@ class Rule:
         self, name: str, weight: Tensor, allowed: Tensor, moment: Tensor, sparsity: float, ctx: Context
     ) -> tuple[Tensor, Tensor]:
         """Mask and weights of rows that get the same inputs; damped until the second moment can be inverted."""
-        mean = float(moment.diagonal().mean())
+        mean = float(moment.diagonal().mean()) or 1.0  # of a channel that is always 0: then the smallest weights go
         for damping in (self.damping, 10 * self.damping, max(1.0, self.damping)):
             hessian = moment.clone()
             hessian.diagonal().add_(damping * mean)

@@ -51,14 +51,20 @@ class Pattern:
         """Rows and columns of what stays or goes as one, in a matrix of so many columns."""
         return self.block[0], self.block[1] or columns
 
-    def obstacle(self, rows: int, columns: int) -> str:
-        """Why a matrix cannot have this pattern; empty if it can."""
-        if self.of:
-            return f"its rows of {columns} weights are no groups of {self.of}" if columns % self.of else ""
+    def obstacle(self, rows: int, inputs: int, places: int = 1) -> str:
+        """Why the weights from `inputs` to `rows` outputs, at each of so many `places` of a kernel, cannot have this
+        pattern; empty if they can. A group or block of which parts lie at two places is none that a kernel takes.
+        """
+        columns = inputs * places
+        if self.of and columns % self.of:
+            return f"its rows of {columns} weights are no groups of {self.of}"
         high, wide = self.unit(columns)
-        return (
-            f"its {rows} x {columns} weights are no blocks of {high} x {wide}" if rows % high or columns % wide else ""
-        )
+        if rows % high or columns % wide:
+            return f"its {rows} x {columns} weights are no blocks of {high} x {wide}"
+        neighbours = self.of or self.block[1] or 1
+        if inputs % neighbours:
+            return f"its {inputs} inputs at a place of the kernel are no groups of {neighbours}"
+        return ""
 
 
 def keep_n_of_m(score: Tensor, kept: int, of: int) -> Tensor:
