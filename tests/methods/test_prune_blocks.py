@@ -11,14 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_tasks import blocks_task, one_thread  # noqa: F401
+from torch import nn
 
 from featherweight.core.context import Context, count_parameters, run_step
 from featherweight.core.errors import NoEffect, TaskError
 from featherweight.core.fit import task_loss
 from featherweight.core.task import Task
-from featherweight.methods.prune.blocks import BlockPrune, losses_without
+from featherweight.methods.prune.blocks import BlockPrune, losses_without, savings
 from featherweight.methods.prune.depth import give_back, rank
-from featherweight.model.blocks import without
+from featherweight.model.blocks import find_blocks, without
 from featherweight.model.cost import forward_macs
 from featherweight.model.skeleton import load, save
 
@@ -92,6 +93,69 @@ def test_latency_needs_a_target_and_is_measured_where_there_is_one():
     model, _ = run_step(BlockPrune(keep=0.65, of="latency", rounds=1), task.fresh(), ctx)
     assert len(model.rows) == 2
     assert asked == [3, 2]  # beside the whole network; the four blocks look alike: one of them is measured
+
+
+class Plus(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def test_blocks_that_look_alike_save_what_they_compute_where_they_stand():
+    """The same two blocks before and behind a pooling: a quarter of the places, a quarter of the work."""
+    halves = [nn.Sequential(Plus(4), Plus(4)) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), halves[0], nn.MaxPool2d(2), halves[1]).eval()
+    example = {"input": torch.randn(2, 1, 8, 8)}
+
+    def costs(models: Any) -> list[float]:
+        return [forward_macs(each, example) for each in models]
+
+    _, saved = savings(model, costs, ["1.0", "1.1", "3.0", "3.1"], example)
+    assert saved == {"1.0": 2 * 64 * 144, "1.1": 2 * 64 * 144, "3.0": 2 * 16 * 144, "3.1": 2 * 16 * 144}
+
+
+def test_the_layers_of_torchs_own_transformer_cost_what_they_compute():
+    """One fused operator computes a whole layer where nothing is trained; it must not count as nothing."""
+    torch.manual_seed(0)
+    rows = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 3, enable_nested_tensor=False)
+    linear, attention = 2 * 5 * (4 * 16 * 16 + 2 * 16 * 32), 2 * 2 * 5 * 5 * 16
+    assert forward_macs(rows.eval(), {"src": torch.randn(2, 5, 16)}) == 3 * (linear + attention)
+    x = torch.randn(32, 5, 16)
+    task = Task(name="encoder", model=rows, calibrate=[(x, x)], test=[(x, x)])
+    smaller, ctx = pruned(task, keep=0.67, score="outputs")
+    assert len(smaller.layers) == 2 and not ctx.record.warnings
+
+
+class Stage(nn.Module):
+    """Blocks behind a layer that changes the width: N x inner to N x out."""
+
+    def __init__(self, inner: int, out: int):
+        super().__init__()
+        self.turn, self.blocks = nn.Linear(inner, out), nn.Sequential(*(Plain(out) for _ in range(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.turn(x))
+
+
+class Plain(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def test_the_blocks_of_stages_that_cannot_go_themselves_are_found():
+    """As in ConvNeXt, Swin and RegNet: a row of stages that change the width, each with a row of blocks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Stage(6, 8), Stage(8, 10), nn.Linear(10, 3)).eval()
+    found = find_blocks(model, {"input": torch.randn(2, 6)})
+    assert found.blocks == [f"{stage}.blocks.{place}" for stage in (0, 1) for place in range(3)]
+    assert found.left == {"0": "it turns (6,) into (8,)", "1": "it turns (8,) into (10,)"}
 
 
 def test_outputs_need_no_labels_and_loss_says_that_it_does():

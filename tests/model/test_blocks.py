@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +104,41 @@ def test_known_outputs_are_given_again_and_not_computed():
     assert not computed
 
 
+class InPlace(Residual):
+    """Adds to its input itself: what was handed in is changed afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.b(torch.relu(self.a(x)))
+        return x
+
+
+def test_blocks_that_work_in_place_are_silenced_and_known_as_they_were():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(InPlace(), InPlace(), InPlace()), nn.Linear(6, 3)).eval()
+    names = ["1.0", "1.1", "1.2"]
+    assert find_blocks(model, X).blocks == names
+    with torch.no_grad():
+        with outputs_of(model, names) as known:
+            model(X["input"])
+        for place, name in enumerate(names):
+            want = remove_blocks(copy.deepcopy(model), [name])(X["input"])
+            for given in ({}, {each: known[each] for each in names[: place + 1]}):
+                with silenced(model, [name], given):
+                    assert torch.equal(model(X["input"]), want), name
+
+
+def test_blocks_with_names_keep_them():
+    model = nn.Sequential(
+        OrderedDict(stem=nn.Linear(6, 6), one=Residual(), two=Residual(), head=nn.Linear(6, 3))
+    ).eval()
+    found = find_blocks(model, X)
+    assert found.blocks == ["one", "two"]
+    remove_blocks(model, ["one"])
+    assert list(model.state_dict()) == [
+        f"{name}.{kind}" for name in ("stem", "two.a", "two.b", "head") for kind in ("weight", "bias")
+    ]
+
+
 def test_a_row_used_by_number_is_named():
     found = find_blocks(Numbered().eval(), {"x": X["input"]})
     assert found.blocks == []
@@ -152,3 +189,34 @@ def test_layers_of_transformers_can_be_taken_out(name: str):
     found = find_blocks(model, example)
     assert len(found.blocks) == 3
     assert disagreement(model, [found.blocks[0], found.blocks[2]], example) == ""
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_a_cache_of_keys_and_values_holds_what_the_layers_that_are_left_say(kind: str):
+    """Without the first layer, whose entry says how long the text is, and with fewer layers than entries."""
+    transformers = pytest.importorskip("transformers")
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, **{**TRANSFORMERS[kind], **tokens})
+    model: Any = getattr(transformers, f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():  # far from uniform, so that the likeliest word is sure
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    ids = torch.randint(3, 50, (1, 6))
+    names = find_blocks(model, {"input_ids": ids}).blocks
+    remove_blocks(model, names[:1])
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    cached, plain = (model.generate(ids, use_cache=use, **given) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_layers_keep_their_kind_of_mask():
+    transformers = pytest.importorskip("transformers")
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    settings = {**TRANSFORMERS["Llama"], "sliding_window": 3, "use_sliding_window": True, "layer_types": kinds}
+    torch.manual_seed(0)
+    model: Any = transformers.Qwen2Model(transformers.Qwen2Config(vocab_size=50, **settings)).eval()
+    example = {"input_ids": torch.randint(0, 50, (2, 9))}
+    assert find_blocks(model, example).blocks == ["layers.0", "layers.1", "layers.2"]
+    remove_blocks(model, ["layers.0"])
+    assert (model.config.layer_types, model.config.num_hidden_layers) == (kinds[1:], 2)
+    assert [layer.self_attn.layer_idx for layer in model.layers] == [0, 1]

@@ -38,15 +38,16 @@ class _Seen:
 def find_blocks(model: nn.Module, example: Example) -> Rows:
     """The blocks of `model` whose removal is the same as handing their first input on, checked on `example`.
 
-    A block inside another one is no candidate, but the blocks of a row within a row are. The model is not changed.
+    What lies inside a block that can be taken out is no candidate; the blocks of a row within a row are, and those of a
+    row within what cannot be taken out (a stage that changes the width). The model is not changed.
     """
     found, seen = Rows(), _watch(model, _children(model), example)
-    outer: list[str] = []
     for name, what in seen.items():
         inner = any(other.startswith(f"{name}.") and not seen[other].reason for other in seen)
-        if any(name.startswith(f"{other}.") for other in outer) or (_is_row(model.get_submodule(name)) and inner):
+        if any(name.startswith(f"{other}.") for other in found.blocks):
             continue
-        outer.append(name)
+        if _is_row(model.get_submodule(name)) and inner:
+            continue
         if reason := what.reason or disagreement(model, [name], example):
             found.left[name] = reason
         else:
@@ -131,7 +132,12 @@ def _stand_in(module: nn.Module, silent: bool, known: Any) -> Callable[..., Any]
     whole = type(module).forward
 
     def forward(*given: Any, **named: Any) -> Any:
-        out = known if known is not None else whole(module, *given, **named)
+        if known is not None:
+            out = _copied(known)
+        elif silent:  # on copies: a block that works in place must not change what is handed on
+            out = whole(module, *map(_copied, given), **{name: _copied(value) for name, value in named.items()})
+        else:
+            out = whole(module, *given, **named)
         if not silent:
             return out
         before = _first(given, named)
@@ -140,12 +146,24 @@ def _stand_in(module: nn.Module, silent: bool, known: Any) -> Callable[..., Any]
     return forward
 
 
+def _copied(value: Any) -> Any:
+    """Copies of a tensor, or of those in a tuple or list; what comes later may change them in place."""
+    if isinstance(value, tuple | list):
+        copies = map(_copied, value)
+        return type(value)(*copies) if hasattr(value, "_fields") else type(value)(copies)
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 @contextmanager
 def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What the named blocks give while this block runs, in the order in which they compute."""
+    """Copies of what the named blocks give while this block runs, in the order in which they compute."""
     found: dict[str, Any] = {}
+
+    def note(name: str, out: Any) -> None:
+        found[name] = _copied(out)
+
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _m, _given, out, name=name: found.update({name: out}))
+        model.get_submodule(name).register_forward_hook(lambda _m, _given, out, name=name: note(name, out))
         for name in names
     ]
     try:
@@ -155,8 +173,31 @@ def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any
             handle.remove()
 
 
+def input_shapes(model: nn.Module, names: Iterable[str], example: Example) -> dict[str, tuple[int, ...]]:
+    """The shape of the first input of each of the named blocks, which get a tensor, on `example`."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, given: Any, named: Any) -> None:
+        found[name] = tuple(_first(given, named).shape)
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _m, given, named, name=name: note(name, given, named), with_kwargs=True
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            _run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def remove_blocks(model: nn.Module, names: Iterable[str]) -> nn.Module:
-    """Take the named blocks out of the rows that hold them, in place; those behind them move up and are renumbered.
+    """Take the named blocks out of the rows that hold them, in place; those behind them move up, and where the blocks
+    of a row have numbers for names, or say their numbers as those of `transformers` do, they are renumbered.
 
     The model stays the user's own module and can be trained and saved.
     """
@@ -164,10 +205,36 @@ def remove_blocks(model: nn.Module, names: Iterable[str]) -> nn.Module:
     for prefix, row in list(model.named_modules()):
         if not _is_row(row):
             continue
-        doomed = [place for place, name in enumerate(row._modules) if (f"{prefix}.{name}" if prefix else name) in gone]
-        for place in reversed(doomed):
-            del row[place]
+        children = list(row._modules)
+        stay = [place for place, name in enumerate(children) if (f"{prefix}.{name}" if prefix else name) not in gone]
+        if len(stay) == len(children):
+            continue
+        _renumber(model.get_submodule(prefix.rpartition(".")[0]), row, stay)
+        for place in reversed([place for place in range(len(children)) if place not in stay]):
+            if children[place] == str(place):
+                del row[place]
+            else:  # a name of its own: those behind keep theirs
+                delattr(row, children[place])
     return model
+
+
+def _renumber(owner: nn.Module, row: nn.Module, stay: list[int]) -> None:
+    """The numbers of layers that modules of `transformers` hold, as they are when only the layers in `stay` are left:
+    `layer_idx` (which entry of the cache of keys and values is a layer's own), and in the configuration of the module
+    that owns the row how many there are and which mask each gets.
+    """
+    counted = [[each for each in layer.modules() if hasattr(each, "layer_idx")] for layer in row.children()]
+    if not all(found and all(each.layer_idx == place for each in found) for place, found in enumerate(counted)):
+        return
+    for new, old in enumerate(stay):
+        for each in counted[old]:
+            each.layer_idx = new  # type: ignore[assignment]
+    config: Any = getattr(owner, "config", None)
+    types = getattr(config, "layer_types", None)
+    if isinstance(types, list) and len(types) == len(counted):
+        config.layer_types = [types[place] for place in stay]
+    if getattr(config, "num_hidden_layers", None) == len(counted):
+        config.num_hidden_layers = len(stay)
 
 
 def without(model: nn.Module, names: Iterable[str]) -> nn.Module:

@@ -64,6 +64,11 @@ def macs(coupling: Coupling) -> Cost:
 @torch.no_grad()
 def forward_macs(model: nn.Module, example: Mapping[str, Tensor]) -> float:
     """Multiply-accumulates of one run of `model` on `example`, counted while it runs."""
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        model(**example)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer of torch's own transformers
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            model(**example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 2

@@ -13,7 +13,7 @@ from ...core.context import Context
 from ...core.errors import NoEffect, TaskError
 from ...core.fit import Term, Training, task_loss, towards
 from ...core.step import Between, OneOf, Trait
-from ...model.blocks import find_blocks, outputs_of, remove_blocks, silenced, without
+from ...model.blocks import Example, find_blocks, input_shapes, outputs_of, remove_blocks, silenced, without
 from ...model.cost import forward_macs
 from ...model.cut import shell
 from ...model.select import LayerStep, excluded, unused
@@ -107,7 +107,7 @@ class BlockPrune(LayerStep, kind="prune.blocks"):
         """Take away at most `spare` of the blocks in `open_`, so that the cost comes down to `target`; return them."""
         names = {module: name for name, module in model.named_modules()}
         blocks = {names[block]: block for block in open_}
-        cost, saved = savings(model, costs, list(blocks))
+        cost, saved = savings(model, costs, list(blocks), ctx.example)
         if cost <= target or spare < 1:
             return []
         losses = losses_without(model, ctx, list(blocks), self._term(ctx))
@@ -136,9 +136,12 @@ class BlockPrune(LayerStep, kind="prune.blocks"):
         return costs
 
 
-def savings(model: nn.Module, costs: Costs, names: list[str]) -> tuple[float, dict[str, float]]:
-    """What the model costs, and what each block's removal saves; blocks that look alike are measured once."""
-    alike = {name: _looks(model.get_submodule(name)) for name in names}
+def savings(model: nn.Module, costs: Costs, names: list[str], example: Example) -> tuple[float, dict[str, float]]:
+    """What the model costs, and what each block's removal saves; blocks that look alike, and get inputs of one shape,
+    are measured once.
+    """
+    shapes = input_shapes(model, names, example)
+    alike = {name: f"{shapes[name]}\n{_looks(model.get_submodule(name))}" for name in names}
     firsts = {look: name for name, look in reversed(alike.items())}
     whole, *rest = costs([model, *(without(model, [name]) for name in firsts.values())])
     saved = {look: whole - cost for look, cost in zip(firsts, rest)}
