@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from featherweight.core.data import Arrays
 from featherweight.core.errors import NoEffect, RecipeError, TaskError
 from featherweight.core.fit import Training
 from featherweight.core.step import step
+from featherweight.core.target import target
 from featherweight.core.task import Task
 from featherweight.methods.prune.recalibrate import recalibrate
 from featherweight.methods.prune.structured import StructuredPrune
+from featherweight.model.skeleton import load, save
 
 CPU = torch.device("cpu")
 
@@ -263,6 +266,27 @@ def test_tied_layers_are_told_why_they_stay():
     assert reasons["out"] in ("it is an output of the model", "its rows are looked up by the model's inputs")
     assert reasons["embed"] == "the operator layer_norm runs over it"
     assert set(ctx.record.changed) == {"wide", "narrow"} and model.out.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_weights_that_the_user_has_parametrized_are_named_and_all_else_goes_on(norm: str, tmp_path: Path):
+    torch.manual_seed(0)
+    normed: Any = getattr(nn.utils.parametrizations, norm)
+    body = [normed(nn.Conv2d(1, 8, 3)), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
+    task = Task(name=norm, model=model.eval(), train=Arrays(x, y), test=Arrays(x, y))
+    smaller, ctx = pruned(task, keep=0.7)
+    reasons = {left.layer: left.reason for left in ctx.record.left}
+    assert reasons["0"].startswith("its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations")
+    assert "2" in ctx.record.changed and count_parameters(smaller) < count_parameters(task.original)
+    assert count_parameters(task.original) == sum(parameter.numel() for parameter in model.parameters())
+    save(smaller, tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model", like=task.original)(x), smaller(x))
+    assert target("onnxruntime").export(smaller, task.example, tmp_path / "onnx").manifest.agreement.relative < 1e-5
+    _, record = run_step(step("prune.weights"), task.fresh(), context(task))
+    kind = "_WeightNorm" if norm == "weight_norm" else "_SpectralNorm"
+    assert {left.layer: left.reason for left in record.left}["0"].endswith(f"in another form already ({kind})")
 
 
 def test_a_recurrent_network():

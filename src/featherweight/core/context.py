@@ -164,7 +164,8 @@ def run_step(item: Step, model: nn.Module, ctx: Context, finite: bool = True) ->
         model = item.apply(model.to(ctx.device), ctx).eval()
     ctx.record.seconds = time.perf_counter() - started
     ctx.record.parameters_after = count_parameters(model)
-    reasons = "; ".join(sorted({f"{left.layer}: {left.reason}" for left in ctx.record.left})[:3])
+    first = {left.reason: left.layer for left in sorted(ctx.record.left, key=lambda left: left.layer, reverse=True)}
+    reasons = "; ".join(sorted(f"{layer}: {reason}" for reason, layer in first.items())[:3])
     if fingerprint(model) == before:
         raise NoEffect(
             f"{item.kind} changed nothing{': ' + reasons if reasons else ''}; remove it or change its settings"
@@ -196,10 +197,11 @@ def run_recipe(recipe: Recipe, ctx: Context) -> tuple[nn.Module, list[StepRecord
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of `model`, each counted once; masked ones count, and soft weights as they are after decoding."""
-    plain = {id(p): p.numel() for name, p in model.named_parameters() if "parametrizations" not in name.split(".")}
-    soft: dict[int, int] = {}
+    soft, behind = {}, set()
     for _, module, attribute, links in chains(model):
         original = module.parametrizations[attribute].original  # type: ignore[union-attr,index]
         encoding = None if original.numel() else links[-1].encode(original)  # a held weight leaves nothing behind
         soft[id(original)] = math.prod(encoding.shape) if encoding is not None else original.numel()
+        behind |= {id(each) for each in module.parametrizations[attribute].parameters()}  # type: ignore[union-attr,index]
+    plain = {id(each): each.numel() for each in model.parameters() if id(each) not in behind}
     return sum(plain.values()) + sum(soft.values())

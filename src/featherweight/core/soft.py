@@ -67,10 +67,15 @@ class Mask(Link, kind="mask"):
 
 
 def chains(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, list[Link]]]:
-    """Every parametrized weight: its full name, its module, its attribute, and its links from first to last."""
+    """Every soft weight: its full name, its module, its attribute, and its links from first to last.
+
+    A weight on which there are parametrizations of the user's own (such as a norm of weights) is a plain one.
+    """
     for prefix, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for attribute, links in module.parametrizations.items():
+                if not all(isinstance(link, Link) for link in links):
+                    continue
                 yield f"{prefix}.{attribute}".lstrip("."), module, attribute, list(links)
 
 
@@ -117,7 +122,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every soft weight has become a plain parameter with the value it stands for.
+    """A copy of `model` in which every parametrized weight has become a plain parameter with the value it stands for.
 
     `copy.deepcopy` shares the generated class of a parametrized module, so the plain class is restored by hand.
     """
@@ -125,7 +130,7 @@ def fold(model: nn.Module) -> nn.Module:
     for module in list(plain.modules()):
         if parametrize.is_parametrized(module):
             values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
-            trainable = {name: module.parametrizations[name].original.requires_grad for name in values}  # type: ignore[index,union-attr]
+            trainable = {name: _trained(module, name) for name in values}
             kind = parametrize.type_before_parametrizations(module)
             del module.parametrizations
             module.__class__ = kind
@@ -133,3 +138,11 @@ def fold(model: nn.Module) -> nn.Module:
                 # assigned, not registered: that keeps the list of weights of a recurrent layer up to date
                 setattr(module, name, nn.Parameter(value, requires_grad=trainable[name]))
     return plain
+
+
+def _trained(module: nn.Module, attribute: str) -> bool:
+    """Whether the tensor behind a parametrized weight is trained; a user's parametrization may have several."""
+    links = module.parametrizations[attribute]  # type: ignore[index]
+    assert isinstance(links, parametrize.ParametrizationList)
+    held = (each for name, each in links.named_parameters(recurse=False) if name.startswith("original"))
+    return any(each.requires_grad for each in held)

@@ -39,6 +39,7 @@ from .rules import (
 Slot = tuple[str, int]  # a parameter or buffer by its full name, and one of its dimensions
 Cut = dict[int, Indices]  # group -> the units of it to remove
 IGNORED = ("_assert", "sym_", "_guards")
+PARAMETRIZED = "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it plain"
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +219,10 @@ def trace_model(
     for name in known.keys() - used:
         for dim in known[name]:
             trace.labels.freeze(dim, "it is not used on the example inputs")
+    for name in known:
+        if "parametrizations" in name.split("."):
+            for dim in known[name]:
+                trace.labels.freeze(dim, PARAMETRIZED)
     for shape in shapes_in(walk(program.graph, trace, state)):
         for dim in shape:
             trace.labels.freeze(dim, "it is an output of the model")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from ...model.groups import Group, Slot
 
@@ -35,7 +36,7 @@ def layer_of(name: str, module: nn.Module) -> Layer | None:
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.RNNBase):
         return Layer(name, (f"{prefix}weight_hh_l0", 1), (f"{prefix}weight_ih_l0", 1))
-    weight = f"{prefix}weight"
+    weight = f"{prefix}{_held(module)}"
     if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)):
         return Layer(name, (weight, 0), (weight, 1))
     # transformers' Conv1D is a linear layer with its weight transposed
@@ -43,6 +44,16 @@ def layer_of(name: str, module: nn.Module) -> Layer | None:
     if isinstance(module, _ConvTransposeNd | nn.Embedding) or turned:
         return Layer(name, (weight, 1), (weight, 0))
     return None
+
+
+def _held(module: nn.Module) -> str:
+    """The name in `module` of the parameter that its weight is, or is computed from, in the weight's shape."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return "weight"
+    behind = module.parametrizations["weight"]  # type: ignore[index]
+    assert isinstance(behind, parametrize.ParametrizationList)
+    same = (name for name, each in behind.named_parameters(recurse=False) if each.shape == module.weight.shape)
+    return f"parametrizations.weight.{next(same, 'original')}"
 
 
 def layers(model: nn.Module) -> list[Layer]:
