@@ -23,8 +23,9 @@ def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset:
     """`model` as ONNX operators on floats, optimized; no operation on a parameter is computed ahead, so that its name
     survives.
 
-    The weights in `keep` are left exactly as they are: nothing is folded into them. Raises `ArtifactError` if an
-    operator of the model has no translation.
+    The weights in `keep` are left exactly as they are: nothing is folded into them. The model's parameters are not
+    trained any more afterwards: where a bias of attention is, torch lays out what it gives in another way than it was
+    captured. Raises `ArtifactError` if an operator of the model has no translation.
     """
     import torch
 
@@ -32,7 +33,7 @@ def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset:
 
     from .simplify import simplify
 
-    program = capture(model, example, free)
+    program = capture(model.requires_grad_(False), example, free)
     parameters = {name for name, _ in model.named_parameters()}
     with quiet():
         try:
