@@ -15,6 +15,7 @@ from small_tasks import conv_task, one_thread  # noqa: F401
 from torch import nn
 
 from featherweight.core.context import Context, run_step
+from featherweight.core.errors import NoEffect
 from featherweight.core.step import step
 from featherweight.methods.prune.latency import Latency, effective, table, widths_to_measure
 from featherweight.methods.prune.plan import Limits
@@ -110,3 +111,16 @@ def test_widths_that_save_no_time_are_not_cut():
     model, _ = run_step(step("prune.structured", of="latency", keep=0.75, multiple=1), task.fresh(), ctx)
     before, after = Blocks()([task.original, model])
     assert after / before < 0.8
+
+
+def test_noise_of_the_stopwatch_is_no_change():
+    """Each round measures anew; where nothing goes, nothing is healed either, however the times differ."""
+    task = conv_task()
+
+    class Noisy(Blocks):
+        def __call__(self, models: Sequence[nn.Module]) -> list[float]:
+            return [time * (1 + 0.01 * (self.asked + place)) for place, time in enumerate(super().__call__(models))]
+
+    ctx = Context(task, device=CPU, stopwatch=Noisy())
+    with pytest.raises(NoEffect, match=r"prune\.structured changed nothing"):
+        run_step(step("prune.structured", of="latency", keep=0.6, rounds=2, only="none"), task.fresh(), ctx)

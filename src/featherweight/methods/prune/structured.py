@@ -77,10 +77,10 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             coupling = couple(model, ctx.example)
             price = self._price(model, start, ctx, coupling)
             whole = whole or price(np.array([len(group) for group in coupling.groups]))
-            was = reached
-            reached = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
-            if reached == was:  # nothing to heal; the next round asks for more, which may be worth a whole step
+            found = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
+            if found is None:  # nothing to heal; the next round asks for more, which may be worth a whole step
                 continue
+            reached = found
             if self.recalibrate:
                 recalibrate(model, ctx)
             if self.retrain is not None:
@@ -117,14 +117,18 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
 
     def _round(
         self, model: nn.Module, ctx: Context, coupling: Coupling, price: Price, whole: float, share: float
-    ) -> float:
-        """Remove what must go for `price` to come down to `share` of `whole`; return the share that was reached."""
+    ) -> float | None:
+        """Remove what must go for `price` to come down to `share` of `whole`; return the share that was reached, None
+        if nothing went.
+        """
         scores = self._scores(model, ctx, coupling, self._eligible(model, coupling))
         cut = self._plan(ctx, coupling, price, scores, share * whole)
         cut, failed = agreeing(
             coupling, copy.deepcopy(model).cpu(), {name: tensor.cpu() for name, tensor in ctx.example.items()}, cut
         )
         coupling.refused |= failed
+        if not cut:
+            return None
         remove(model, coupling, cut)
         kept = [len(group) - len(cut.get(place, ())) for place, group in enumerate(coupling.groups)]
         return price(np.array(kept)) / whole
