@@ -2,7 +2,8 @@
 
     python -m benchmarks.architectures --date 2026-01-31 --peers FOLDER
 
-Writes the ledger and the page docs/benchmarks-architectures.md after each network; --add goes on where a run ended.
+Writes the ledger and the page docs/benchmarks-architectures.md after each network; --add goes on where a run ended,
+with --networks it makes these anew.
 """
 
 from __future__ import annotations
@@ -128,13 +129,20 @@ def prove(task: Task, folder: Path, keep: float = 0.7) -> Side:
 
 def backward(model: nn.Module, task: Task) -> None:
     """Gradients of every parameter that the original gives one, all finite; raises `AssertionError` else."""
-    task.loss(model(**task.example), None).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+    found = gradients(model, task)
+    for name, gradient in found.items():
+        if not torch.isfinite(gradient).all():
             raise AssertionError(f"{task.name}: the gradient of {name} is not finite")
-    if not any(parameter.grad is not None for parameter in model.parameters()):
-        raise AssertionError(f"{task.name}: nothing gets a gradient")
+    if missing := sorted(gradients(task.fresh(), task).keys() - found.keys()):
+        raise AssertionError(f"{task.name}: {', '.join(missing[:3])} get no gradient any more")
+
+
+def gradients(model: nn.Module, task: Task) -> dict[str, Tensor]:
+    """The gradient of every parameter that gets one on the example."""
+    task.loss(model(**task.example), None).backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     model.zero_grad(set_to_none=True)
+    return found
 
 
 def differs(one: Any, other: Any) -> bool:
@@ -234,7 +242,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--limit", type=float, default=60, help="seconds of the processor that the peer may take for a network"
     )
     parser.add_argument("--without-peer", action="store_true", help="run our side alone")
-    parser.add_argument("--add", action="store_true", help="keep the networks that are in the ledger of that date")
+    parser.add_argument("--add", action="store_true", help="keep what is in the ledger of that date and not named")
     parser.add_argument("--peers", type=Path, default=os.environ.get(VARIABLE), help="the peers' environments")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/ledger"), help="folder of the ledger")
     parser.add_argument("--page", type=Path, default=Path("docs/benchmarks-architectures.md"))
@@ -260,7 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = {each.network: each for each in kept}
     theirs = None if given.without_peer else Theirs(given.peers, given.limit)
     for name, network in NETWORKS.items():
-        if name in rows or (given.networks and not any(part.lower() in name.lower() for part in given.networks)):
+        named = any(part.lower() in name.lower() for part in given.networks or ())
+        if not named and (given.networks or name in rows):
             continue
         rows[name] = row(name, network, theirs)
         print(f"{name}: {cell(rows[name].ours)} | {cell(rows[name].peer)}", file=sys.stderr, flush=True)

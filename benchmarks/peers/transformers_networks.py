@@ -92,9 +92,12 @@ def add(
     model: str,
     heads: dict[str, int] | None = None,
     output: str = "logits",
+    refused: str = "",
 ) -> None:
     """Put the architecture `name` into the zoo: the class `model` of `transformers` with this configuration."""
-    NETWORKS[name] = Network(lambda: wrap(getattr(transformers, model)(config()), output), example, heads or {})
+    NETWORKS[name] = Network(
+        lambda: wrap(getattr(transformers, model)(config()), output), example, heads or {}, refused
+    )
 
 
 def configured(kind: str, **settings: Any) -> Callable[[], Any]:
@@ -163,6 +166,7 @@ add(
     pixels,
     configured("ConvNextV2", hidden_sizes=[16, 32], depths=[1, 1], num_stages=2),
     "ConvNextV2ForImageClassification",
+    refused="pwconv1: the operator mean runs over it",  # its norm of global responses divides by their mean
 )
 add(
     "RegNet",
