@@ -84,7 +84,7 @@ def uncovered(model: nn.Module, types: Kinds = TYPES) -> list[tuple[str, str]]:
     found = []
     for name, module in model.named_modules():
         matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        if matrices and not isinstance(module, (*types, parametrize.ParametrizationList)):
+        if matrices and not isinstance(module, types) and "parametrizations" not in name.split("."):
             looked_up = isinstance(module, nn.Embedding)
             reason = "its rows are looked up, not multiplied" if looked_up else "not a layer that this works on"
             found.append((name or type(module).__name__, f"{type(module).__name__}: {reason}"))
