@@ -220,6 +220,14 @@ def test_each_output_ends_with_its_share_of_zeros():
     assert record.changed["wide"] == "75.0% of 1536 weights are zero"
 
 
+def test_each_output_of_a_transposed_convolution_ends_with_its_share():
+    net = nn.Sequential(nn.Unflatten(1, (4, 4)), nn.ConvTranspose1d(4, 6, 3), nn.Flatten(), nn.Linear(36, 2))
+    x = torch.randn(64, 16)
+    task = Task(name="up", model=net, train=Arrays(x, (x[:, 0] > 0).long()))
+    model, _ = run("sparse.targeted_dropout", task, sparsity=0.5)
+    assert (model[1].weight == 0).sum((0, 2)).tolist() == [6] * 6
+
+
 def test_targeted_dropout_costs_less_than_pruning_at_once():
     task, kinds = conv_task(), {"only": "conv,hidden"}
     model, _ = run("sparse.targeted_dropout", epochs=8, lr=3e-3, sparsity=0.7, **kinds)

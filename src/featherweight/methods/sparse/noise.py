@@ -24,15 +24,16 @@ def divergence(ratio: Tensor) -> Tensor:
     return -negative.sum()
 
 
-def candidates(weight: Tensor, share: float) -> Tensor:
-    """Which weights targeted dropout aims at: of each output (first dimension) the `share` of least magnitude.
+def candidates(weight: Tensor, share: float, axis: int = 0) -> Tensor:
+    """Which weights targeted dropout aims at: of each output (index of `axis`) the `share` of least magnitude.
 
     A boolean mask of the weight's shape; the number is rounded down. Gomez et al., arXiv:1905.13678, section 3.1.
     """
-    rows = weight.detach().abs().flatten(1)
+    moved = weight.detach().abs().movedim(axis, 0)
+    rows = moved.flatten(1)
     count = int(share * rows.shape[1])
     order = torch.sort(rows, dim=1, stable=True).indices[:, :count]
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).reshape(weight.shape)
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).reshape(moved.shape).movedim(0, axis)
 
 
 def risen(t: float, ramp: float, share: float, rate: float) -> tuple[float, float]:

@@ -13,23 +13,26 @@ from featherweight.core.context import Context
 from featherweight.core.fit import Training
 from featherweight.core.step import Between, Trait
 from featherweight.model.masks import links_of, mask_on, maskable, put_mask, zeros
+from featherweight.model.matrices import TRANSPOSED
 from featherweight.model.select import LayerStep
 
 from .noise import candidates, risen
 
 
 class Dropped(nn.Module):
-    """A weight of which the `share` of least magnitude in each output is zero, each with the chance `rate`."""
+    """A weight of which the `share` of least magnitude in each output (index of `axis`) is zero, each with the chance
+    `rate`.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, axis: int = 0) -> None:
         super().__init__()
-        self.share, self.rate = 0.0, 0.0
+        self.share, self.rate, self.axis = 0.0, 0.0, axis
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training or not self.share:
             return weight
         chance = torch.rand(weight.shape, device=weight.device) < self.rate
-        return weight.masked_fill(candidates(weight, self.share) & chance, 0.0)
+        return weight.masked_fill(candidates(weight, self.share, self.axis) & chance, 0.0)
 
 
 class TargetedDropout(LayerStep, Training, kind="sparse.targeted_dropout"):
@@ -55,7 +58,7 @@ class TargetedDropout(LayerStep, Training, kind="sparse.targeted_dropout"):
         chosen = maskable(self, model, ctx)
         if not chosen:
             return model
-        noise = {name: Dropped() for name in chosen}
+        noise = {name: Dropped(int(isinstance(layer, TRANSPOSED))) for name, layer in chosen.items()}
         for name, layer in chosen.items():
             parametrize.register_parametrization(layer, "weight", noise[name])
 
@@ -67,7 +70,7 @@ class TargetedDropout(LayerStep, Training, kind="sparse.targeted_dropout"):
         loss = ctx.fit(model, self, during=during, text=self.kind)
         for name, layer in chosen.items():
             _remove(layer, noise[name])
-            put_mask(layer, ~candidates(layer.weight, self.sparsity))  # type: ignore[arg-type]
+            put_mask(layer, ~candidates(layer.weight, self.sparsity, noise[name].axis))  # type: ignore[arg-type]
             if mask_on(layer) is None:
                 ctx.leave(name, f"sparsity={self.sparsity} takes none of an output's weights; it was trained")
             else:
