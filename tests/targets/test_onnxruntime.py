@@ -114,6 +114,28 @@ def test_attention_with_a_trained_bias_is_written(tmp_path: Path) -> None:
     assert made.manifest.agreement.relative < 1e-5
 
 
+def test_the_experts_of_transformers_get_their_rows(tmp_path: Path) -> None:
+    """Rows in the order of their experts, of which one gets none."""
+    pytest.importorskip("transformers.integrations.moe")
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return torch.ops.transformers.grouped_mm_fallback(x, self.weight, ends)
+
+    example = {"x": torch.randn(6, 4), "ends": torch.tensor([2, 2, 6], dtype=torch.int32)}
+    made = target("onnxruntime").export(Experts().eval(), example, tmp_path / "made", {})
+    assert made.manifest.agreement.relative < 1e-5
+    other = {"x": torch.randn(6, 4), "ends": torch.tensor([0, 5, 6], dtype=torch.int32)}
+    model = Experts().eval()
+    model.weight.data = torch.from_numpy(onnx.numpy_helper.to_array(onnx.load(made.file).graph.initializer[0]).copy())
+    got = made.open()(**{name: tensor.numpy() for name, tensor in other.items()})
+    torch.testing.assert_close(torch.as_tensor(got), model(**other), rtol=1e-5, atol=1e-6)
+
+
 def test_an_operator_without_translation_is_named(tmp_path: Path) -> None:
     class Rare(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -95,8 +95,10 @@ def _hidden(graph: ir.Graph, names: set[str]) -> Iterator[None]:
 
 
 def _translations() -> dict[Any, Any]:
-    """How our own operators read in ONNX: dynamic quantization is DynamicQuantizeLinear and back; with a scale for each
-    row of the last dimension, for which there is no operator, it is written out.
+    """How operators that are not torch's own read in ONNX.
+
+    Dynamic quantization is DynamicQuantizeLinear and back; with a scale for each row of the last dimension, for which
+    there is no operator, it is written out. The experts of `transformers` get the rows up to their place in `ends`.
     """
     import numpy as np
     import torch
@@ -118,10 +120,22 @@ def _translations() -> dict[Any, Any]:
         values = op.QuantizeLinear(op.Div(x, scale), one, middle)
         return op.Mul(op.DequantizeLinear(values, one, middle), scale)
 
-    return {
+    def grouped_products(given: Any, weight: Any, ends: Any) -> Any:
+        starts = op.Concat(op.Constant(value_ints=[0]), op.Cast(ends, to=ir.DataType.INT64), axis=0)
+        found = []
+        for expert in range(int(weight.shape[0])):
+            place, after = (op.Constant(value_ints=[each]) for each in (expert, expert + 1))
+            rows = op.Slice(given, op.Gather(starts, place), op.Gather(starts, after), op.Constant(value_ints=[0]))
+            found.append(op.MatMul(rows, op.Squeeze(op.Gather(weight, place), op.Constant(value_ints=[0]))))
+        return op.Concat(*found, axis=0)
+
+    table: dict[Any, Any] = {
         torch.ops.featherweight.dynamic_quantize.default: dynamic_quantize,
         torch.ops.featherweight.dynamic_quantize_tokens.default: dynamic_quantize_tokens,
     }
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # what the library registers when it is imported
+        table[torch.ops.transformers.grouped_mm_fallback.default] = grouped_products
+    return table
 
 
 @contextlib.contextmanager
