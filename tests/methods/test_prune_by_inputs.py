@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from featherweight.core.context import Context, run_step
 from featherweight.core.data import Arrays
 from featherweight.core.errors import NoEffect, NotFinite
+from featherweight.core.evaluate import calibration_loss
 from featherweight.core.soft import encodings, fold
 from featherweight.core.target import target
 from featherweight.core.task import Task
 from featherweight.methods.prune.allocation import allocate, interpolated, levels
-from featherweight.methods.prune.sensitivity import calibration_loss
 from featherweight.methods.prune.weights import WeightPruning
 from featherweight.model.skeleton import load, save
 

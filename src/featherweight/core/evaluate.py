@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from .metric import Records
 from .outputs import as_arrays
 from .progress import Progress
 from .task import Split, Task
+
+if TYPE_CHECKING:
+    from .context import Context
 
 Run = Callable[[Any], Any]  # a batch -> its outputs, as arrays in the torch model's layout
 
@@ -49,3 +52,17 @@ def torch_run(task: Task, model: nn.Module, device: torch.device | str = "cpu") 
 def torch_figure(task: Task, model: nn.Module | None = None, split: Split = "test") -> float:
     """The metric of `model` (by default the task's own) over `split`, in the metric's unit."""
     return task.metric.reduce(records(task, torch_run(task, task.original if model is None else model), split))
+
+
+@torch.no_grad()
+def calibration_loss(model: nn.Module, ctx: Context) -> float:
+    """The mean of the task's loss over the inputs of the calibration data."""
+    total, seen = 0.0, 0
+    model.to(ctx.device).eval()
+    for batch in ctx.batches("calibrate"):
+        count = ctx.task.count(batch)
+        total += count * float(ctx.task.loss(ctx.task.call(model, batch), batch))
+        seen += count
+    if not torch.isfinite(torch.tensor(total)):
+        raise NotFinite("the loss over the calibration data is NaN or infinite, so layers cannot be compared by it")
+    return total / max(1, seen)

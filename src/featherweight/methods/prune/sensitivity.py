@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.errors import NotFinite
+from ...core.evaluate import calibration_loss
 from .allocation import allocate, levels
 from .connections import Connections
 
@@ -40,17 +39,3 @@ def by_sensitivity(
     known = {name: each for name, each in held.items() if name in losses}
     counts = {name: each.mask.keep.numel() for name, each in known.items()}
     return allocate(losses, counts, sparsity, {name: each.zeros for name, each in known.items()})
-
-
-@torch.no_grad()
-def calibration_loss(model: nn.Module, ctx: Context) -> float:
-    """The mean of the task's loss over the inputs of the calibration data."""
-    total, seen = 0.0, 0
-    model.to(ctx.device).eval()
-    for batch in ctx.batches("calibrate"):
-        count = ctx.task.count(batch)
-        total += count * float(ctx.task.loss(ctx.task.call(model, batch), batch))
-        seen += count
-    if not torch.isfinite(torch.tensor(total)):
-        raise NotFinite("the loss over the calibration data is NaN or infinite, so layers cannot be compared by it")
-    return total / max(1, seen)
