@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from itertools import pairwise
 from statistics import median
@@ -17,8 +18,11 @@ STEPS = 12  # of the training that is timed; the first two pay for what is made 
 
 
 def busy_seconds() -> float:
-    """Seconds of the processor per thread of torch: what this would have taken on a machine that does nothing else."""
-    return time.process_time() / torch.get_num_threads()
+    """Seconds of the processor per thread of torch, those of peers that ran beside it included: what this would have
+    taken on a machine that does nothing else.
+    """
+    peers = os.times()
+    return (time.process_time() + peers.children_user + peers.children_system) / torch.get_num_threads()
 
 
 def step_seconds(model: nn.Module, ctx: Context, training: Training) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,13 @@ def test_training_lasts_as_long_as_the_budget_and_trains():
     assert epochs > 1 and 0.5 < took < 6
     assert any(not torch.equal(one, other) for one, other in zip(model.parameters(), task.original.parameters()))
     assert budget.step_seconds(model, ctx, training) * steps_per_epoch(ctx, 32) * epochs < 6
+
+
+def test_a_peer_that_prunes_in_a_process_of_its_own_pays_for_it():
+    before = budget.busy_seconds()
+    work = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", work], check=True)
+    assert budget.busy_seconds() - before > 0.45 / torch.get_num_threads()  # counted in hundredths
 
 
 def test_a_network_of_other_widths_is_put_together_by_its_state():
