@@ -133,6 +133,8 @@ def backward(model: nn.Module, task: Task) -> None:
     for name, gradient in found.items():
         if not torch.isfinite(gradient).all():
             raise AssertionError(f"{task.name}: the gradient of {name} is not finite")
+    if not found:
+        raise AssertionError(f"{task.name}: nothing gets a gradient")
     if missing := sorted(gradients(task.fresh(), task).keys() - found.keys()):
         raise AssertionError(f"{task.name}: {', '.join(missing[:3])} get no gradient any more")
 
