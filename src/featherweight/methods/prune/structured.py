@@ -91,9 +91,11 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             unit, now = ctx.seconds([start, model])
             reached = now / unit
         if abs(reached - self.keep) > SHORT:
+            timed = "; between the widths that were measured time is guessed, and more rounds measure anew"
             ctx.warn(
                 f"{self.kind} kept {reached:.1%} of the {self.of}, not {self.keep:.1%}: the layers left alone, "
                 f"min_keep={self.min_keep} and widths in multiples of {self._multiple(ctx)} allow no nearer"
+                f"{timed if self.of == 'latency' else ''}"
             )
         return model.eval()
 
