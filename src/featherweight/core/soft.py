@@ -17,7 +17,8 @@ class Link(nn.Module):
     """One link of the chain `weight -> decode(encode(weight))` on a parameter; gradients pass through `forward`.
 
     A subclass registers itself with `kind=`, keeps its tensors as buffers or parameters, and gives the plain
-    constructor values that rebuild it as `settings()` (JSON), so that any chain can be saved and rebuilt.
+    constructor values that rebuild it as `settings()` (JSON), so that any chain can be saved and rebuilt (on the meta
+    device: its tensors are put in afterwards).
     `encode(weight)` names the Encoding of the value that `forward(weight)` returns, or None if the link is no form of
     storage. `decode(encode(w))` equals `forward(w)`.
     """

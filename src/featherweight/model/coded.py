@@ -34,8 +34,9 @@ from .skeleton import Page
 MAGIC = b"\x89FWC\r\n\x1a\n"
 LENGTHS = struct.Struct("<II")
 DIGEST = 8
-HEADER_LIMIT = 2**26
+HEADER_ROOM, HEADER_RATIO = 2**22, 128  # bytes of a header that any file may ask for, and for each byte it is packed in
 ROOM, RATIO = 2**24, 2048  # bytes of tensors that any file may ask for, and for each byte of the file
+DIMENSIONS = 64  # of a tensor
 INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -66,7 +67,7 @@ class Header(BaseModel):
 def write(path: Path, page: Page, tensors: dict[str, Tensor], notes: dict[str, Any] | None = None) -> None:
     """Write the tensors of `page` to `path`; the file appears whole or not at all.
 
-    Raises `OutputError` where the disk refuses, or for tensors so repetitive that no reader would make room for them.
+    Raises `OutputError` where the disk refuses, or for a model so repetitive that no reader would make room for it.
     """
     names = list(page.own())
     coded = [code(tensors[name]) for name in names]
@@ -77,8 +78,9 @@ def write(path: Path, page: Page, tensors: dict[str, Tensor], notes: dict[str, A
         for name, each in zip(names, coded):
             file.write(tensor_digest(tensors[name]) + each.data if each.data else b"")
         file.flush()
-        if sum(map(_bytes, tensors.values())) > ROOM + RATIO * temporary.stat().st_size:
-            raise OutputError(f"cannot write {path}: its tensors repeat so much that no reader would take it")
+        short = len(header) > HEADER_ROOM + HEADER_RATIO * len(packed)
+        if short or sum(map(_bytes, tensors.values())) > ROOM + RATIO * temporary.stat().st_size:
+            raise OutputError(f"cannot write {path}: it repeats itself so much that no reader would take it")
 
 
 def header_text(page: Page, coded: list[Coded], notes: dict[str, Any]) -> bytes:
@@ -152,7 +154,7 @@ class Reader:
         size = self.path.stat().st_size
         if len(fixed) + packed > size:
             raise ArtifactError(f"{self.path} is cut short within its header; pack it again")
-        if plain > min(HEADER_LIMIT, ROOM + RATIO * packed):
+        if plain > HEADER_ROOM + HEADER_RATIO * packed:
             raise ArtifactError(f"{self.path}: its header was altered (it says to be {plain} bytes); pack it again")
         data = file.read(packed)
         if _digest(data) != fixed[-DIGEST:]:
@@ -175,7 +177,7 @@ class Reader:
         room, end = ROOM + RATIO * size, self.start
         for (name, entry), record in zip(own.items(), records):
             kind = getattr(torch, entry.dtype, None)
-            if not isinstance(kind, torch.dtype) or record.length < 0 or any(each < 0 for each in entry.shape):
+            if not isinstance(kind, torch.dtype) or record.length < 0 or not _possible(entry.shape):
                 raise self._altered(name, "it has no form that a tensor can have")
             room -= math.prod(entry.shape) * kind.itemsize
             if room < 0:
@@ -230,6 +232,12 @@ def _rows(shape: list[int]) -> tuple[int, int]:
     count = math.prod(shape)
     rows = shape[0] if len(shape) > 1 and count else 1
     return rows, count // rows
+
+
+def _possible(shape: list[int]) -> bool:
+    """Whether a tensor can have this shape, empty ones among them."""
+    full = math.prod(max(1, each) for each in shape[:DIMENSIONS])
+    return len(shape) <= DIMENSIONS and all(each >= 0 for each in shape) and full < 2**62
 
 
 def _matrix(tensor: Tensor) -> Tensor:

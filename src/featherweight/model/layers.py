@@ -7,7 +7,8 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..core.errors import ArtifactError
+from .factored import Factored, TensorTrain, TensorTrainEmbedding
 from .graph import CAPTURED
 from .port import DynamicPort, Port
 from .ported import PortedLinear, PortedLSTM
@@ -26,7 +29,8 @@ Make = Callable[[Settings], nn.Module]
 
 CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOLD_VALUES = (nn.ParameterList, nn.ParameterDict)  # their constructors take tensors
-OURS = (Port, DynamicPort, PortedLinear, PortedLSTM)
+REPEATED = ("num_layers", "num_encoder_layers", "num_decoder_layers")  # each makes tensors
+OURS = (Port, DynamicPort, PortedLinear, PortedLSTM, Factored, TensorTrain, TensorTrainEmbedding)
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,33 @@ def describe(module: nn.Module) -> tuple[str, Settings] | None:
     return None if settings is None else (kind.__name__, settings)
 
 
-def make(kind: str, settings: Settings) -> nn.Module:
-    """The module that `describe` gave as `kind` and `settings`, on the meta device; `KeyError` for an unknown kind."""
+# what constructors, and code that puts parts together, raise for values that nobody saved
+SENSELESS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@contextmanager
+def believed(what: str) -> Iterator[None]:
+    """Within this block values that were read are put to use; where they make no sense, `ArtifactError` tells of
+    `what`.
+    """
+    try:
+        yield
+    except SENSELESS as error:
+        brief = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ArtifactError(f"{what} cannot be built from what was saved: {brief[:200]}") from error
+
+
+def make(kind: str, settings: Settings, most: int = 1024) -> nn.Module:
+    """The module that `describe` gave as `kind` and `settings`, on the meta device, with no more layers than `most`.
+
+    Raises one of `SENSELESS` for what `describe` never gave: `KeyError` for an unknown kind.
+    """
+    if any(name in settings for name in ("device", "dtype")):
+        raise ValueError("it says a device or a type")
+    if any(isinstance(many, int) and many > most for name, many in settings.items() if name in REPEATED):
+        raise ValueError("it has more layers than the model has tensors")
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         if kind in rebuilders:
             return rebuilders[kind].make(settings)

@@ -1,8 +1,15 @@
-"""A captured graph as a page of JSON, and back: no pickle, no code."""
+"""A captured graph as a page of JSON, and back: no pickle, no code.
+
+torch writes Python from a graph and runs it, names and all. So a page that is read is not believed: names must be
+names, what is called an operator, a module of the model or one of a few functions, what is read a tensor of the model.
+"""
 
 from __future__ import annotations
 
+import json
+import keyword
 import operator
+import re
 from typing import Any
 
 import torch
@@ -15,6 +22,10 @@ from featherweight.core.errors import ArtifactError, TaskError
 from .graph import CAPTURED
 
 _NAMED: dict[type, str] = {torch.dtype: "dtype", torch.memory_format: "memory_format", torch.layout: "layout"}
+_OPS = ("placeholder", "get_attr", "call_module", "call_function", "output")
+_PATH = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_FILES = ("aten::from_file", "debugprims::load_tensor")  # operators that open files by name
+_IMPORTING = ("__enum__", "default_factory_module")  # what makes torch import modules while it reads how values nest
 _FUNCTIONS = {
     function.__name__: function
     for function in (
@@ -40,24 +51,47 @@ def dump_graph(module: fx.GraphModule) -> dict[str, Any]:
 
 
 def load_graph(page: dict[str, Any]) -> fx.GraphModule:
-    """The graph module that `page` describes; parameters, buffers and ports are put in afterwards, by full names."""
+    """The graph module that `page` describes; parameters, buffers and ports are put in afterwards, by full names.
+
+    Raises `ValueError` or the like for a page that `dump_graph` never wrote.
+    """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    try:
-        for item in page["nodes"]:
-            target = _load_function(item["target"]) if item["op"] == "call_function" else item["target"]
-            args, kwargs = _load(item["args"], nodes), _load(item["kwargs"], nodes)
-            nodes[item["name"]] = graph.create_node(item["op"], target, tuple(args), kwargs, name=item["name"])
-        if "arguments" in page:
-            outputs = None if page["outputs"] is None else pytree.treespec_loads(page["outputs"])
-            graph.set_codegen(
-                _PyTreeCodeGen(_PyTreeInfo(page["arguments"], pytree.treespec_loads(page["inputs"]), outputs))
-            )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ArtifactError(f"the captured graph cannot be rebuilt: {type(error).__name__}: {error}") from error
+    for item in page["nodes"]:
+        args, kwargs = _load(item["args"], nodes), _load(item["kwargs"], nodes)
+        kwargs = {_name(key): value for key, value in kwargs.items()}
+        nodes[item["name"]] = graph.create_node(item["op"], _target(item), tuple(args), kwargs, name=item["name"])
+    if "arguments" in page:
+        inputs, outputs = _load_tree(page["inputs"]), page["outputs"]
+        for key in inputs.child(1).context if inputs.num_children == 2 and inputs.child(1).type is dict else ():
+            _name(key)
+        arguments = [_name(each) for each in page["arguments"]]
+        tree = _PyTreeInfo(arguments, inputs, None if outputs is None else _load_tree(outputs))
+        graph.set_codegen(_PyTreeCodeGen(tree))
     module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=CAPTURED)
     module.graph = graph
     return module.eval()
+
+
+def check_graphs(model: nn.Module) -> None:
+    """Raise `ArtifactError` unless all tensors that captured graphs read, and all modules that they call, are there."""
+    for module in model.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            if node.op in ("get_attr", "call_module") and not _holds(module, node):
+                raise ArtifactError(f"the captured graph reads {str(node.target)!r}, which is not in it")
+
+
+def _holds(module: fx.GraphModule, node: fx.Node) -> bool:
+    prefix, _, attribute = str(node.target).rpartition(".")
+    try:
+        owner = module.get_submodule(prefix)
+    except AttributeError:
+        return False
+    if node.op == "call_module":
+        return attribute in owner._modules
+    return attribute in {*owner._parameters, *owner._buffers, *getattr(owner, "parametrizations", {})}
 
 
 def read_captured(module: nn.Module) -> dict[str, Any] | None:
@@ -85,12 +119,39 @@ def _dump_function(node: fx.Node) -> str:
     return name
 
 
+def _target(item: dict[str, Any]) -> Any:
+    """What a node reads, calls, or is called."""
+    op, target = item["op"], item["target"]
+    if op == "call_function":
+        return _load_function(target)
+    if op not in _OPS or not _PATH.fullmatch(target):
+        raise ValueError(f"a node {op!r} of {target!r}")
+    return _name(target) if op == "placeholder" else target
+
+
+def _name(text: Any) -> str:
+    """A name that stands in Python as it is."""
+    if not isinstance(text, str) or not text.isidentifier() or keyword.iskeyword(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
+
+
 def _load_function(name: str) -> Any:
     if "::" not in name:
         return _FUNCTIONS[name]
     namespace, _, rest = name.partition("::")
     packet, _, overload = rest.partition(".")
-    return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.name in _FILES:
+        raise ValueError(f"{name} is no operator that a model may call")
+    return found
+
+
+def _load_tree(text: str) -> pytree.TreeSpec:
+    if any(word in text for word in _IMPORTING):
+        raise ValueError("values that nest in types of other modules")
+    json.loads(text)
+    return pytree.treespec_loads(text)
 
 
 def _dump(value: Any) -> Any:
@@ -124,4 +185,9 @@ def _load(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return {key: _load(item, nodes) for key, item in held.items()}
     if kind == "float":
         return float(held)
-    return torch.device(held) if kind == "device" else getattr(torch, held)
+    if kind == "device":
+        return torch.device(held)
+    found = getattr(torch, held)
+    if not any(isinstance(found, each) and name == kind for each, name in _NAMED.items()):
+        raise ValueError(f"{held!r} is no {kind}")
+    return found

@@ -61,9 +61,9 @@ class Rounding(Link, kind="affine"):
         self.axis, self.bits = axis, bits
         self.low, self.high = lowest if low is None else low, highest if high is None else high
         kind = torch.int8 if self.low < 0 else torch.uint8
-        scale = torch.ones(shape or []) if scale is None else scale.detach().float().clone()
-        if not bool((scale > 0).all()):
+        if scale is not None and not bool((scale > 0).all()):
             raise ValueError("every scale must be above zero")
+        scale = torch.ones(shape or []) if scale is None else scale.detach().float().clone()
         zero = torch.zeros(scale.shape) if zero is None else zero.detach().clone()
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero.to(kind))

@@ -22,7 +22,8 @@ from ..core.files import recover_folder, tensor_digest, value_digest, whole_fold
 from ..core.soft import Link, copied
 from ..core.step import one_line
 from . import encoded as encoded  # its link must be known before one is loaded
-from .layers import Settings, describe, known, make, rebuilders
+from .layers import Settings, believed, describe, known, make, rebuilders
+from .program import check_graphs
 
 PAGE, TENSORS = "skeleton.json", "tensors.safetensors"
 Like = nn.Module | Callable[[], nn.Module] | None
@@ -204,11 +205,13 @@ def load(folder: str | Path, like: Like = None) -> nn.Module:
 
 def rebuilt(page: Page, tensors: dict[str, Tensor], source: Path, like: Like = None) -> nn.Module:
     """The model that `page` and `tensors`, read from `source`, describe; for `like` and errors see `load`."""
-    model = _build(page, "", _fresh(like), {})
-    _put_chains(page, model)
-    _put_tensors(page, model, tensors)
-    missing = [name for name, _, _, tensor in _places(model) if tensor.is_meta]
-    if missing:
+    fresh = _fresh(like)
+    with believed(f"the model in {source}"):
+        model = _build(page, "", fresh, {})
+        _put_chains(page, model)
+        _put_tensors(page, model, tensors)
+        check_graphs(model)
+    if missing := [name for name, _, _, tensor in _places(model) if tensor.is_meta]:
         raise ArtifactError(f"{source} holds no tensor {missing[0]!r}, which the model needs; save it again")
     return model.eval()
 
@@ -283,7 +286,7 @@ def _build(page: Page, name: str, fresh: nn.Module | None, made: dict[str, nn.Mo
     if name not in page.parts:
         raise ArtifactError(f"the saved model does not say what {name!r} is; save it again")
     part = page.parts[name]
-    module = _own(part, name, fresh) if part.settings is None else _layer(part, name, fresh)
+    module = _own(part, name, fresh) if part.settings is None else _layer(part, name, fresh, len(page.tensors))
     made[name] = module
     _unchain(module, page, name)
     before = _children(module)
@@ -299,15 +302,13 @@ def _build(page: Page, name: str, fresh: nn.Module | None, made: dict[str, nn.Mo
     return module
 
 
-def _layer(part: Part, name: str, fresh: nn.Module | None) -> nn.Module:
+def _layer(part: Part, name: str, fresh: nn.Module | None, most: int) -> nn.Module:
     if fresh is not None and describe(fresh) == (part.kind, part.settings):
         return fresh
     if part.kind not in rebuilders and part.kind not in known():
         raise ArtifactError(f"{name!r} is {part.kind}, which this version of featherweight cannot build")
-    try:
-        return make(part.kind, part.settings or {})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{name!r}: {part.kind} cannot be built from what was saved: {error}") from error
+    with believed(f"{name!r}: {part.kind}"):
+        return make(part.kind, part.settings or {}, most)
 
 
 def _own(part: Part, name: str, fresh: nn.Module | None) -> nn.Module:
@@ -364,7 +365,8 @@ def _link(entry: Chained, name: str) -> Link:
         registry.load("methods")
     if entry.kind not in Link.kinds:
         raise ArtifactError(f"{name!r} is held by {entry.kind!r}, which this version of featherweight does not know")
-    return Link.kinds[entry.kind](**entry.settings)
+    with believed(f"the weight {name!r}"), torch.device("meta"):
+        return Link.kinds[entry.kind](**entry.settings)
 
 
 def _put_tensors(page: Page, model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -98,9 +98,12 @@ def _module(reader: Reader) -> fx.GraphModule:
     from torch import fx
 
     from featherweight.core.soft import fold
+    from featherweight.model.layers import believed
     from featherweight.model.skeleton import rebuilt
 
-    module = fold(rebuilt(reader.page, dict(reader.tensors()), reader.path))
+    made = rebuilt(reader.page, dict(reader.tensors()), reader.path)
+    with believed(f"the model in {reader.path}"):
+        module = fold(made)
     if not isinstance(module, fx.GraphModule):
         raise ArtifactError(f"{reader.path} holds a checkpoint, not an artifact; unpack it and load the folder")
     return module
@@ -109,6 +112,7 @@ def _module(reader: Reader) -> fx.GraphModule:
 def _weights(reader: Reader) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The form and the shape of every weight, as the file says them."""
     from featherweight.model.encoded import HeldEncoding
+    from featherweight.model.layers import believed
 
     page, found = reader.page, {}
     for name, entry in page.tensors.items():
@@ -117,8 +121,9 @@ def _weights(reader: Reader) -> dict[str, tuple[str, tuple[int, ...]]]:
     for name, chain in page.chains.items():
         if [link.kind for link in chain] != [HeldEncoding.kind]:
             raise ArtifactError(f"{reader.path}: the weight {name!r} is held in a way that no artifact holds one")
-        encoding = HeldEncoding(**chain[0].settings).encode()
-        found[name] = encoding.form, encoding.shape
+        with believed(f"{reader.path}: the weight {name!r}"):
+            encoding = HeldEncoding(**chain[0].settings).encode()
+            found[name] = encoding.form, encoding.shape
     return found
 
 

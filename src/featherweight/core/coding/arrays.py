@@ -66,7 +66,10 @@ def code_integers(values: NDArray[np.int64]) -> Coded | None:
 def decode_integers(coded: Coded, shape: tuple[int, int]) -> NDArray[np.int64]:
     """The integers, [rows, columns]; `ValueError` if that is not what the bytes hold."""
     if coded.method == "constant":
-        return np.full(shape, _numbers(coded, 1)[0], np.int64)
+        (value,) = _numbers(coded, 1)
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("an integer beyond int64")
+        return np.full(shape, value, np.int64)
     if coded.method != "integers":
         raise ValueError(f"no integers but {coded.method}")
     return integers.decode(coded.data, shape, _settings(_numbers(coded, 7)))
