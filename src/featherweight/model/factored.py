@@ -89,6 +89,7 @@ class TensorTrainEmbedding(nn.Module):
 
 
 def _weight(module: nn.Module) -> Tensor:
+    """A view of the weight of `module`: the parameter itself would seem to be shared by two layers."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight
+    return weight.detach()

@@ -67,8 +67,10 @@ class Matrix:
         return f"{encoding.form}, {encoding.bits_per_weight():.2f} bits per weight"
 
 
-def chosen_matrices(step: LayerStep, model: nn.Module, ctx: Context) -> list[Matrix]:
-    """The matrices that a step is to quantize; every other layer that has parameters is reported as left alone."""
+def chosen_matrices(step: LayerStep, model: nn.Module, ctx: Context, rest: str = "stays in floats") -> list[Matrix]:
+    """The matrices that a step is to change; every other layer that has parameters is reported as left alone (of which
+    `rest` says what becomes).
+    """
     embeddings = bool(getattr(step, "embeddings", False))
     kinds: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *_conv1d(model))
     stored = encodings(model)
@@ -83,7 +85,7 @@ def chosen_matrices(step: LayerStep, model: nn.Module, ctx: Context) -> list[Mat
             found.append(_matrix(name, layer, stored.get(f"{name}.weight"), tuple(other for _, other in sharing)))
             for twin, _ in sharing:
                 ctx.change(twin, f"shares the weight of {name}")
-    _leave_others(model, ctx, types)
+    _leave_others(model, ctx, types, rest)
     return found
 
 
@@ -139,12 +141,12 @@ def obstacle(
     return ""
 
 
-def _leave_others(model: nn.Module, ctx: Context, types: tuple[type[nn.Module], ...]) -> None:
+def _leave_others(model: nn.Module, ctx: Context, types: tuple[type[nn.Module], ...], rest: str) -> None:
     """Report every module with weights of its own that is of no chosen type."""
     for name, module in model.named_modules():
         own = parametrize.is_parametrized(module) or any(True for _ in module.parameters(recurse=False))
         if own and not isinstance(module, types) and "parametrizations" not in name.split("."):
-            ctx.leave(name, f"is a {parametrize.type_before_parametrizations(module).__name__}; stays in floats")
+            ctx.leave(name, f"is a {parametrize.type_before_parametrizations(module).__name__}; {rest}")
 
 
 def fitting_group(columns: int, group: int | None) -> int:

@@ -1,0 +1,1 @@
+"""Layers in factors: low rank and tensor networks."""
