@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 
 from ..core.errors import ArtifactError
 from .factored import Factored, TensorTrain, TensorTrainEmbedding
-from .factored import Factored, TensorTrain, TensorTrainEmbedding
 from .graph import CAPTURED
 from .port import DynamicPort, Port
 from .ported import PortedLinear, PortedLSTM
