@@ -19,8 +19,15 @@ KINDS = sorted(Step.kinds)
 TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
 # what needs rows of blocks: tried there, and only there
 ROWS = frozenset({"prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
-# a nonlinearity stands between all of its layers
-NOTHING_IN = frozenset({("quantize.rotate", "conv"), ("quantize.rotate", "blocks")})
+# a nonlinearity stands between all of its layers, or there is no convolution
+NOTHING_IN = frozenset(
+    {
+        ("quantize.rotate", "conv"),
+        ("quantize.rotate", "blocks"),
+        ("factor.tucker", "transformer"),
+        ("factor.cp", "transformer"),
+    }
+)
 
 
 def works(kind: str, name: str) -> bool:
