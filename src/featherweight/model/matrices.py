@@ -146,7 +146,8 @@ def _leave_others(model: nn.Module, ctx: Context, types: tuple[type[nn.Module], 
     for name, module in model.named_modules():
         own = parametrize.is_parametrized(module) or any(True for _ in module.parameters(recurse=False))
         if own and not isinstance(module, types) and "parametrizations" not in name.split("."):
-            ctx.leave(name, f"is a {parametrize.type_before_parametrizations(module).__name__}; {rest}")
+            kind = parametrize.type_before_parametrizations(module).__name__
+            ctx.leave(name or kind, f"is a {kind}; {rest}")
 
 
 def fitting_group(columns: int, group: int | None) -> int:
