@@ -18,8 +18,8 @@ from featherweight.core.fit import Training
 from featherweight.core.step import step
 from featherweight.core.target import target
 from featherweight.core.task import Task
-from featherweight.methods.prune.recalibrate import recalibrate
 from featherweight.methods.prune.structured import StructuredPrune
+from featherweight.model.recalibrate import recalibrate
 from featherweight.model.skeleton import load, save
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ...core.context import Context
 from ...model.factored import Factored
 from ...model.matrices import Matrix
-from .factoring import Factoring, Made, filled, missed_energy, shown
+from ...model.replacing import Made, filled, missed_energy, shown
+from .factoring import Factoring
 from .networks import cp, outer
 from .tucker import no_kernel
 

@@ -2,143 +2,19 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from ...core.blocks import observed
-from ...core.context import Context
-from ...core.fit import Training
-from ...core.step import Between, Trait
-from ...model.factored import Factored, TensorTrain, TensorTrainEmbedding
-from ...model.matrices import Matrix, chosen_matrices
-from ...model.select import LayerStep
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+from ...core.step import Between
+from ...model.replacing import Replacing
 
 
-@dataclass(frozen=True)
-class Made:
-    """What stands in place of a layer, and how it came about."""
-
-    module: nn.Module
-    how: str
-
-
-class Factoring(LayerStep):
+class Factoring(Replacing):
     """A step that puts factors in place of the weights of chosen layers.
 
     `keep` is the share of the parameters of the layers that are factored. A layer whose factors would not be smaller is
-    left alone. With `embeddings` tables that are looked up are factored as well. With `retrain` the network is then
-    trained.
+    left alone.
     """
 
-    needs: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
     keep: Annotated[float, Field(gt=0, lt=1), Between(0.2, 0.9)] = 0.5
-    retrain: Training | None = None
-
-    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        found = self.chosen(model, ctx)
-        for name, made in self.made(found, model, ctx):
-            model = _put(model, name, made.module.to(ctx.device))
-            ctx.change(name, made.how)
-        if self.retrain is not None and ctx.record.changed:
-            ctx.fit(model, self.retrain, text=f"retraining after {self.kind}")
-        return model
-
-    @abstractmethod
-    def made(self, found: dict[str, Matrix], model: nn.Module, ctx: Context) -> Iterable[tuple[str, Made]]:
-        """The factors of these layers by name; those that cannot be factored are reported as left alone."""
-
-    @abstractmethod
-    def obstacle(self, matrix: Matrix) -> str:
-        """Why this step has no factors for a layer; empty if it has."""
-
-    def chosen(self, model: nn.Module, ctx: Context) -> dict[str, Matrix]:
-        """The layers to factor; every other one that has parameters is reported as left alone."""
-        inner = _inner(model)
-        found = {each.name: each for each in chosen_matrices(self, model, ctx, "has no factors")}
-        called = _called(model, list(found), ctx)
-        left = {}
-        for name, each in found.items():
-            if name in inner:
-                left[name] = "is a factor already"
-            elif each.twins:
-                left[name] = "shares its weight with another layer, which factors would end"
-            elif each.keep is not None:
-                left[name] = "is pruned, and factors would fill its zeros"
-            elif name not in called:
-                left[name] = "is not called: what surrounds it uses its weight as it is"
-            elif reason := self.obstacle(each):
-                left[name] = reason
-        for name, reason in left.items():
-            ctx.record.changed.pop(name, None)
-            ctx.leave(name, reason)
-        return {name: each for name, each in found.items() if name not in left}
-
-
-def shown(parameters: int, whole: int, missed: float) -> str:
-    """How a layer was factored, for the record."""
-    return f"{parameters:,} of {whole:,} parameters, {missed:.1%} of the energy missed"
-
-
-def missed_energy(weight: Tensor, found: Tensor) -> float:
-    """The share of the energy of a weight that an approximation misses."""
-    return float((weight - found).double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
-
-
-def rounded(rank: int, multiple: int) -> int:
-    """The largest multiple that is not above `rank`; below two of them `rank` itself."""
-    return rank // multiple * multiple if rank >= 2 * multiple else rank
-
-
-@torch.no_grad()
-def filled(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """`module` with these values as its weight and bias, in their type."""
-    assert isinstance(module.weight, Tensor)
-    module.weight = nn.Parameter(weight.detach().reshape(module.weight.shape).contiguous().clone())
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach().clone())
-    return module
-
-
-def pointwise(layer: Convolution, inputs: int, outputs: int, bias: bool = False) -> nn.Module:
-    """A convolution with a kernel of one of the kind of `layer`."""
-    return type(layer)(inputs, outputs, 1, bias=bias)
-
-
-def with_kernel(layer: Convolution, inputs: int, outputs: int) -> nn.Module:
-    """A convolution with the kernel of `layer`, where and how it is applied, between other numbers of channels."""
-    kind: Any = type(layer)
-    where = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    made: nn.Module = kind(inputs, outputs, *where, bias=False, padding_mode=layer.padding_mode)
-    return made
-
-
-def _inner(model: nn.Module) -> set[str]:
-    """The names of all factors."""
-    kinds = (Factored, TensorTrain, TensorTrainEmbedding)
-    outer = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    return {name for name, _ in model.named_modules() if any(name.startswith(f"{each}.") for each in outer)}
-
-
-@torch.no_grad()
-def _called(model: nn.Module, names: list[str], ctx: Context) -> set[str]:
-    """Those of these layers that run as modules when the model does."""
-    found: set[str] = set()
-    hooks = {name: (lambda _given, _output, name=name: found.add(name)) for name in names}
-    observed(model.eval(), (), ctx.example, hooks)
-    return found
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-    return model

@@ -19,7 +19,8 @@ from ...core.step import OneOf, Place
 from ...model.factored import Factored
 from ...model.matrices import Matrix
 from ...model.moments import observe
-from .factoring import Convolution, Factoring, Made, filled, pointwise, rounded, shown, with_kernel
+from ...model.replacing import Convolution, Made, filled, pointwise, rounded, shown, with_kernel
+from .factoring import Factoring
 from .matrices import Decomposition, cost, decompose, largest_rank
 
 OPTIONS = 48  # ranks of a layer that are weighed against those of others

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ...core.context import Context
 from ...model.factored import TensorTrain, TensorTrainEmbedding
 from ...model.matrices import Matrix
-from .factoring import Convolution, Factoring, Made, filled, missed_energy, shown
+from ...model.replacing import Convolution, Made, filled, missed_energy, shown
+from .factoring import Factoring
 from .networks import contracted, divided, tensor_train, train_cost, train_ranks
 
 Dimensions = tuple[list[int], list[int]]  # of rows and of columns

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...core.context import Context
 from ...model.factored import Factored
 from ...model.matrices import Matrix
-from .factoring import Convolution, Factoring, Made, filled, missed_energy, pointwise, rounded, shown, with_kernel
+from ...model.replacing import Convolution, Made, filled, missed_energy, pointwise, rounded, shown, with_kernel
+from .factoring import Factoring
 from .networks import Tucker, tucker
 
 

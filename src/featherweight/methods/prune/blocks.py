@@ -16,10 +16,10 @@ from ...core.step import Between, OneOf, Trait
 from ...model.blocks import Example, find_blocks, input_shapes, outputs_of, remove_blocks, silenced, without
 from ...model.cost import forward_macs
 from ...model.cut import shell
+from ...model.recalibrate import recalibrate
 from ...model.select import LayerStep, excluded, unused
 from .depth import give_back, rank
 from .layers import layers
-from .recalibrate import recalibrate
 
 Costs = Callable[[Sequence[nn.Module]], list[float]]
 

@@ -18,12 +18,12 @@ from ...core.step import Between, OneOf, Place, Trait
 from ...model.cost import macs, parameters
 from ...model.cut import agreeing, remove, shell
 from ...model.groups import Coupling, Cut, Slot, couple, tensors
+from ...model.recalibrate import recalibrate
 from ...model.select import LayerStep, excluded, unused
 from .changes import loss_changes
 from .latency import measure
 from .layers import layers, producers, widths
 from .plan import Limits, Price, by_rank, by_share, limits
-from .recalibrate import recalibrate
 from .scores import l1, l2, relative, slices
 
 Scores = dict[int, Tensor]  # group -> one score per unit

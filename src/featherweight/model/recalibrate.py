@@ -1,4 +1,4 @@
-"""Statistics of batch norms, taken anew after a network got smaller."""
+"""Statistics of batch norms, taken anew after a network changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...core.context import Context
+from ..core.context import Context
 
 
 @torch.no_grad()
