@@ -235,6 +235,8 @@ def started(given: argparse.Namespace, task: Task, argv: list[str]) -> tuple[Led
     """The ledger of this date, from the file if it lies there."""
     path = given.out / f"sparse-training-{given.date}.json"
     before = Ledger.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if before and (before.task, before.sparsity) != (given.task, given.sparsity):
+        raise SystemExit(f"{path} has another task or sparsity; take another --date or --out")
     ledger = Ledger(
         date=given.date,
         command="python -m benchmarks.sparse_training " + " ".join(argv),

@@ -40,6 +40,8 @@ def test_every_row_is_written_down_and_not_made_twice(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sparse_training, "run_step", lambda *given: pytest.fail("trained again"))
     assert sparse_training.main(arguments(tmp_path)) == 0
     assert Ledger.model_validate(json.loads(path.read_text())).trained == found.trained
+    with pytest.raises(SystemExit, match="has another task or sparsity"):
+        sparse_training.main([*arguments(tmp_path), "--sparsity", "0.5"])
 
 
 def test_the_page_of_the_repository_is_that_of_its_ledger() -> None:
