@@ -26,6 +26,7 @@ NOTHING_IN = frozenset(
         ("quantize.rotate", "blocks"),
         ("factor.tucker", "transformer"),
         ("factor.cp", "transformer"),
+        ("substitute.separable", "transformer"),
     }
 )
 

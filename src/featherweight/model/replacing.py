@@ -44,7 +44,7 @@ class Replacing(LayerStep):
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         found = self.chosen(model, ctx)
         for name, made in self.made(found, model, ctx):
-            model = _put(model, name, made.module.to(ctx.device))
+            model = replaced(model, name, made.module.to(ctx.device))
             ctx.change(name, made.how)
         if self.recalibrate and ctx.record.changed:
             recalibrate(model, ctx)
@@ -137,7 +137,8 @@ def _called(model: nn.Module, names: list[str], ctx: Context) -> set[str]:
     return found
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """`model`, in place, with `module` under this name; `module` itself if the name is that of the model."""
     if not name:
         return module
     parent, _, attribute = name.rpartition(".")

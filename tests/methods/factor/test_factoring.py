@@ -25,6 +25,7 @@ CASES = [
     ("factor.svd", transformer_task, {"keep": 0.7, "allocation": "sensitivity"}),
     ("factor.tucker", conv_task, {"keep": 0.6}),
     ("factor.cp", conv_task, {"keep": 0.5}),
+    ("factor.cp", conv_task, {"keep": 0.5, "kernel": "whole"}),
     ("factor.train", transformer_task, {"keep": 0.6}),
     ("factor.train", conv_task, {"keep": 0.8, "cores": 3}),
 ]
@@ -109,6 +110,7 @@ def test_a_convolution_in_factors_computes_its_weight_wherever_it_is_applied():
         ("factor.svd", {"allocation": "layer", "keep": 0.99}),
         ("factor.tucker", {"keep": 0.99}),
         ("factor.cp", {"keep": 0.99}),
+        ("factor.cp", {"keep": 0.99, "kernel": "whole"}),
     ]:
         model, record = made(task, kind, **given)
         assert set(record.changed) == {"one", "two"}

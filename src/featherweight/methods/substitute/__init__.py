@@ -1,0 +1,1 @@
+"""Lighter architectures: other layers that do nearly the same."""
