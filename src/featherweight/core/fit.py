@@ -73,31 +73,49 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
     return nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def soft_targets(temperature: float, teachers: Sequence[nn.Module] = ()) -> Term:
+def ensemble_logits(logits: Sequence[Tensor], temperature: float, weights: Sequence[float] = ()) -> Tensor:
+    """The logits, N x ... x classes, whose softened probabilities are the mean of those of `logits`, by `weights`."""
+    if len(logits) == 1:
+        return logits[0].float()
+    soft = torch.stack([torch.softmax(each.float() / temperature, -1) for each in logits])
+    return mean_outputs(list(soft), weights).clamp_min(1e-12).log() * temperature
+
+
+def mean_outputs(outputs: Sequence[Tensor], weights: Sequence[float] = ()) -> Tensor:
+    """The mean of tensors of one shape, by `weights` (any positive scale; equal ones if there are none)."""
+    if not weights:
+        return torch.stack([each.float() for each in outputs]).mean(0)
+    shares = torch.tensor(weights, device=outputs[0].device) / sum(weights)
+    return torch.einsum("t,t...->...", shares, torch.stack([each.float() for each in outputs]))
+
+
+@torch.no_grad()
+def answers(teachers: Sequence[nn.Module], batch: Any, ctx: Context) -> list[Tensor]:
+    """The first output of each teacher on a batch; the original's where there are none."""
+    return [first(ctx.task.call(teacher, batch)).float() for teacher in (teachers or (ctx.teacher,))]
+
+
+def soft_targets(temperature: float, teachers: Sequence[nn.Module] = (), weights: Sequence[float] = ()) -> Term:
     """A term that pulls the student's softened classes to the teacher's (or to the mean of an ensemble's
-    probabilities). It raises `TaskError` where there are not several: the divergence of one from one is always nought.
+    probabilities, by `weights`). It raises `TaskError` where there are not several: the divergence of one from one is
+    always nought.
     """
 
     def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
-        if not _several(first(output)):
-            raise TaskError(
-                f"task {ctx.task.name}: outputs of shape {tuple(first(output).shape)} are no scores of several "
-                "classes; match the outputs themselves instead (loss 'mse' of distill.logits)"
-            )
-        with torch.no_grad():
-            logits = [first(ctx.task.call(teacher, batch)).float() for teacher in (teachers or (ctx.teacher,))]
-            target = logits[0]
-            if len(logits) > 1:
-                target = (
-                    torch.stack([torch.softmax(item / temperature, -1) for item in logits])
-                    .mean(0)
-                    .clamp_min(1e-12)
-                    .log()
-                    * temperature
-                )
+        check_several(output, ctx)
+        target = ensemble_logits(answers(teachers, batch, ctx), temperature, weights)
         return soft_cross_entropy(first(output), target, temperature)
 
     return term
+
+
+def check_several(output: Any, ctx: Context) -> None:
+    """Raise `TaskError` where the first output is no scores of several classes."""
+    if not _several(first(output)):
+        raise TaskError(
+            f"task {ctx.task.name}: outputs of shape {tuple(first(output).shape)} are no scores of several "
+            "classes; match the outputs themselves instead (loss 'mse' of distill.logits)"
+        )
 
 
 def missed_variance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -108,13 +126,13 @@ def missed_variance(student: Tensor, teacher: Tensor) -> Tensor:
     return nn.functional.mse_loss(student.float(), teacher.float()) / teacher.float().var(correction=0).clamp_min(1e-12)
 
 
-def matched_outputs(teachers: Sequence[nn.Module] = ()) -> Term:
-    """A term that pulls the student's first output to the teacher's (or to the mean of several teachers')."""
+def matched_outputs(teachers: Sequence[nn.Module] = (), weights: Sequence[float] = ()) -> Term:
+    """A term that pulls the student's first output to the teacher's (or to the mean of several teachers', by
+    `weights`).
+    """
 
     def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
-        with torch.no_grad():
-            outputs = [first(ctx.task.call(teacher, batch)).float() for teacher in (teachers or (ctx.teacher,))]
-        return missed_variance(first(output), torch.stack(outputs).mean(0))
+        return missed_variance(first(output), mean_outputs(answers(teachers, batch, ctx), weights))
 
     return term
 
@@ -129,12 +147,15 @@ def _several(scores: Tensor) -> bool:
 
 
 def towards(
-    temperature: float, teachers: Sequence[nn.Module] = (), loss: Literal["auto", "kl", "mse"] = "auto"
+    temperature: float,
+    teachers: Sequence[nn.Module] = (),
+    loss: Literal["auto", "kl", "mse"] = "auto",
+    weights: Sequence[float] = (),
 ) -> Term:
     """The term that pulls the student to its teachers: "kl" by `soft_targets`, "mse" by `matched_outputs`, "auto" by
     the first where the outputs are classes, else by the second.
     """
-    soft, matched = soft_targets(temperature, teachers), matched_outputs(teachers)
+    soft, matched = soft_targets(temperature, teachers, weights), matched_outputs(teachers, weights)
 
     def term(model: nn.Module, batch: Any, output: Any, ctx: Context) -> Tensor:
         by_class = loss == "kl" or (loss == "auto" and are_classes(output, ctx))
