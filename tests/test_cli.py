@@ -339,15 +339,18 @@ def printed(table: Table) -> str:
     return out.file.getvalue()
 
 
-def test_an_interruption_that_a_destructor_swallows_is_repeated_by_the_next_progress() -> None:
+def test_an_interruption_that_a_destructor_swallows_is_repeated_by_the_next_progress(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     class Swallows:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     with Bars(console(stderr=True)) as progress:
         with contextlib.suppress(KeyboardInterrupt):  # where the exception is dropped depends on the interpreter
             Swallows()
         with pytest.raises(KeyboardInterrupt):
             progress.say("going on")
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before and sys.unraisablehook is hook
+    assert "Traceback" not in capfd.readouterr().err

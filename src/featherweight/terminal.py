@@ -66,11 +66,13 @@ class Bars(Progress):
         self.drawn = 0.0
         self.interrupted = False
         self.before: Any = None
+        self.unraisable = sys.unraisablehook
 
     def __enter__(self) -> Bars:
         self.interrupted = False
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGINT, self._interrupt)
+            self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         self.bars.start()
         return self
 
@@ -78,11 +80,17 @@ class Bars(Progress):
         self.bars.stop()
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+            sys.unraisablehook = self.unraisable
 
     def _interrupt(self, *_: Any) -> None:
         """Ctrl-C. Python drops the exception if it falls into a destructor, so the next progress repeats it."""
         self.interrupted = True
         raise KeyboardInterrupt
+
+    def _dropped(self, event: Any) -> None:
+        """An exception that Python drops and prints: an interruption is not printed, because it is repeated."""
+        if event.exc_type is not KeyboardInterrupt:
+            self.unraisable(event)
 
     def _go_on(self) -> None:
         if self.interrupted:

@@ -18,7 +18,7 @@ registry.load("methods")
 KINDS = sorted(Step.kinds)
 TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
 # what needs rows of blocks: tried there, and only there
-ROWS = frozenset({"prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
+ROWS = frozenset({"distill.student", "prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
 # a nonlinearity stands between all of its layers, or there is no convolution
 NOTHING_IN = frozenset(
     {
@@ -38,6 +38,7 @@ def works(kind: str, name: str) -> bool:
 
 CASES = [(kind, name) for name in TASKS for kind in KINDS if works(kind, name)]
 CPU = torch.device("cpu")
+GIVEN = {"distill.student": {"student": "small_tasks:student"}}  # what the user must give
 
 
 def sample(kind: str, **settings) -> Step:
@@ -47,7 +48,7 @@ def sample(kind: str, **settings) -> Step:
     others by a class method `sample()`, a mapping of settings.
     """
     cls = Step.kinds[kind]
-    given = cls.sample() if hasattr(cls, "sample") else {}
+    given = cls.sample() if hasattr(cls, "sample") else GIVEN.get(kind, {})
     short = {"epochs": 1} if "epochs" in cls.model_fields else {}
     return step(kind, **{**short, **given, **settings})
 

@@ -14,7 +14,6 @@ from ..core.blocks import observed
 from ..core.context import Context
 from ..core.fit import Training
 from ..core.step import Trait
-from .factored import Factored, TensorTrain, TensorTrainEmbedding
 from .matrices import Matrix, chosen_matrices
 from .recalibrate import recalibrate
 from .select import LayerStep
@@ -62,14 +61,11 @@ class Replacing(LayerStep):
 
     def chosen(self, model: nn.Module, ctx: Context) -> dict[str, Matrix]:
         """The layers to replace; every other one that has parameters is reported as left alone."""
-        inner = _inner(model)
         found = {each.name: each for each in chosen_matrices(self, model, ctx, "nothing is put in its place")}
         called = _called(model, list(found), ctx)
         left = {}
         for name, each in found.items():
-            if name in inner:
-                left[name] = "stands in place of another layer already"
-            elif each.twins:
+            if each.twins:
                 left[name] = "shares its weight with another layer, which this would end"
             elif each.keep is not None:
                 left[name] = "is pruned, and what takes its place would have no zeros"
@@ -119,13 +115,6 @@ def with_kernel(layer: Convolution, inputs: int, outputs: int) -> nn.Module:
     where = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     made: nn.Module = kind(inputs, outputs, *where, bias=False, padding_mode=layer.padding_mode)
     return made
-
-
-def _inner(model: nn.Module) -> set[str]:
-    """The names of all layers that stand in place of others."""
-    kinds = (Factored, TensorTrain, TensorTrainEmbedding)
-    outer = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    return {name for name, _ in model.named_modules() if any(name.startswith(f"{each}.") for each in outer)}
 
 
 @torch.no_grad()

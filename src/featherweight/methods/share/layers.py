@@ -55,7 +55,7 @@ class LayerSharing(LayerStep, kind="share.layers"):
     containers, and rows within a layer that shares are left alone.
     """
 
-    needs: ClassVar[Trait] = Trait.EDITABLE
+    needs: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
     takes: ClassVar[Trait] = Trait.RESHAPABLE
     place: ClassVar[Place | None] = None  # on request: without much training it costs most networks too much
     gains: ClassVar[frozenset[str]] = frozenset({"size"})
