@@ -137,6 +137,17 @@ def blocks_task(labels: bool = True) -> Task:
     return task if labels else replace(task, calibrate=[task.calibrate.tensors[0]])
 
 
+@functools.cache
+def student() -> nn.Module:
+    """Another network with rows of blocks, trained for a moment."""
+    torch.manual_seed(7)
+    model = Deep()
+    Context(Task(name="student", model=model, batch_size=64, **digits()), device=torch.device("cpu")).fit(
+        model, Training(epochs=4, lr=1e-2)
+    )
+    return model.eval()
+
+
 def accuracy(task: Task, model: nn.Module) -> float:
     """Share of test images that are named rightly."""
     images, labels = task.test.tensors

@@ -55,7 +55,7 @@ class Result:
 
         Raises `TaskError` if the task cannot be found again, `ArtifactError` if the folder is damaged.
         """
-        return skeleton.load(self.folder / MODEL, like=self.task.original)
+        return skeleton.load(self.folder / MODEL, like=self.recipe.architecture(self.task))
 
     @property
     def task(self) -> Task:

@@ -13,7 +13,10 @@ from .files import value_digest, write_text
 from .step import ALL_TRAITS, Step, Trait, step
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .target import Target
+    from .task import Task
 
 
 class Recipe:
@@ -73,6 +76,11 @@ class Recipe:
         have = ALL_TRAITS
         taken: dict[Trait, int] = {}
         for place, item in enumerate(self.steps, 1):
+            if item.begins and place > 1:
+                raise RecipeError(
+                    f"step {place} ({item.kind}) puts another model in place, which undoes step {place - 1} "
+                    f"({self.steps[place - 2].kind}); put {item.kind} first"
+                )
             for trait in type(item).needs & ~have:
                 raise RecipeError(
                     f"step {place} ({item.kind}) needs a model that is still {str(trait.name).lower()}, "
@@ -88,6 +96,11 @@ class Recipe:
                         f"step {place} ({item.kind}) stores weights as {form}, which the target {target.name} "
                         f"does not carry; it carries: {', '.join(sorted(target.carries)) or 'plain floats only'}"
                     )
+
+    def architecture(self, task: Task) -> nn.Module:
+        """A model of the structure that the steps start from: the task's own, unless the first puts another there."""
+        made = self.steps[0].architecture(task) if self.steps else None
+        return task.original if made is None else made
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.digest() == other.digest()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .context import Context
+    from .task import Task
 
 
 class Trait(enum.Flag):
@@ -79,6 +80,7 @@ class Step(BaseModel):
     place: ClassVar[Place | None] = None  # None: the search does not use it by itself
     gains: ClassVar[frozenset[str]] = frozenset({"latency", "size", "energy"})  # objectives that the search uses it for
     trains: ClassVar[bool] = False
+    begins: ClassVar[bool] = False  # puts another model in place, so that it can only stand first in a recipe
 
     def __init_subclass__(cls, kind: str = "", **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -89,6 +91,10 @@ class Step(BaseModel):
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Return the changed model; report every layer that was left alone through `ctx.leave`."""
         raise NotImplementedError(f"{type(self).__name__} must say what it does")
+
+    def architecture(self, task: Task) -> nn.Module | None:
+        """A model of the structure that this step puts in the place of the task's; None where it goes on with that."""
+        return None
 
     def forms(self) -> frozenset[str]:
         """The forms of encodings that this step, as it is set, may leave in the model."""

@@ -322,23 +322,27 @@ def find_task(spec: str | Task) -> Task:
     """The task that `spec` names: `file.py:function`, `package.module:function`, or `zoo:NAME`."""
     if isinstance(spec, Task):
         return spec
+    task = find(spec, "task")
+    if not isinstance(task, Task):
+        raise TaskError(f"{spec} gives {type(task).__name__}, not a Task")
+    return task if task.source else replace(task, source=spec)
+
+
+def find(spec: str, what: str) -> Any:
+    """What `spec` names in a file, a module or the zoo: the task or model there, or what the function there gives."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise TaskError(f"{spec!r} names no task; write file.py:function, package.module:function or zoo:NAME")
+        raise TaskError(f"{spec!r} names no {what}; write file.py:function, package.module:function or zoo:NAME")
     if where == "zoo":
         registry.load("tasks")
         if name not in zoo:
             raise TaskError(f"there is no task zoo:{name}; the zoo holds: {', '.join(sorted(zoo))}")
-        found: Any = zoo[name]
-    else:
-        module = _module(where, spec)
-        if not hasattr(module, name):
-            raise TaskError(f"{where} has no {name!r}")
-        found = getattr(module, name)
-    task = found if isinstance(found, Task) else _call(found, f"the task {spec}")
-    if not isinstance(task, Task):
-        raise TaskError(f"{spec} gives {type(task).__name__}, not a Task")
-    return task if task.source else replace(task, source=spec)
+        return zoo[name]()
+    module = _module(where, spec)
+    if not hasattr(module, name):
+        raise TaskError(f"{where} has no {name!r}")
+    found = getattr(module, name)
+    return found if isinstance(found, Task | nn.Module) else _call(found, f"the {what} {spec}")
 
 
 def _module(where: str, spec: str) -> Any:

@@ -49,8 +49,11 @@ class Store:
         self.folder, self.limit, self.progress = folder or default_folder(), limit, progress or Progress()
         self.writable = True
 
-    def get(self, key: str, ctx: Context) -> tuple[nn.Module, list[StepRecord]] | None:
-        """The model stored under `key` and the records of its steps; None if there is none that is whole."""
+    def get(self, key: str, ctx: Context, like: nn.Module | None = None) -> tuple[nn.Module, list[StepRecord]] | None:
+        """The model stored under `key` and the records of its steps; None if there is none that is whole.
+
+        It is built like `like`, the task's own model by default.
+        """
         folder = self.folder / key
         recover_folder(folder)
         if not (folder / ENTRY).is_file():
@@ -60,7 +63,7 @@ class Store:
             for name, digest in entry.digests.items():
                 if file_digest(folder / name) != digest:
                     raise ArtifactError(f"{name} differs from its digest")
-            model = skeleton.load(folder / MODEL, like=ctx.task.original)
+            model = skeleton.load(folder / MODEL, like=ctx.task.original if like is None else like)
         except (OSError, ValueError, ArtifactError) as error:
             self.progress.say(f"a stored model is damaged and is computed again ({error})")
             shutil.rmtree(folder, ignore_errors=True)
@@ -114,10 +117,10 @@ def build(recipe: Recipe, ctx: Context, store: Store) -> tuple[nn.Module, list[S
     interrupted computes the same as one that was not. Raises what a step raises, such as `NoEffect` or `NotFinite`.
     """
     keys = [prefix_key(recipe.steps[: place + 1], ctx) for place in range(len(recipe.steps))]
-    model, done = ctx.task.fresh(), 0
+    model, done, like = ctx.task.fresh(), 0, recipe.architecture(ctx.task)
     records: list[StepRecord] = []
     for place in range(len(keys), 0, -1):
-        if (found := store.get(keys[place - 1], ctx)) is not None:
+        if (found := store.get(keys[place - 1], ctx, like)) is not None:
             (model, records), done = found, place
             break
     for place in range(done, len(keys)):
@@ -126,7 +129,7 @@ def build(recipe: Recipe, ctx: Context, store: Store) -> tuple[nn.Module, list[S
         model, record = run_step(item, model, ctx)
         records = [*records, record]
         store.put(keys[place], model, records)
-        if (kept := store.get(keys[place], ctx)) is not None:
+        if (kept := store.get(keys[place], ctx, like)) is not None:
             model = kept[0]
     return model, records
 
