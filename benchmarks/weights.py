@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -126,7 +127,7 @@ def contenders(given: argparse.Namespace) -> Iterator[Row]:
                 yield Row(name=name, bits=bits, steps=[coded])
                 if given.epochs and mean == TRELLIS[bits][-1]:
                     yield Row(name=f"{name}, trained", bits=bits, steps=[coded, heal])
-        if "peer" in given.methods and given.task == "zoo:stories260k":
+        if "peer" in given.methods:
             for method in ("rtn", "gptq"):
                 settings = {"method": method, "bits": bits, "group": given.group, "observer": "mse"}
                 yield Row(name=f"{PEER} {method}, searched clipping", bits=bits, steps=[settings])
@@ -177,17 +178,25 @@ def from_peer(
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model: Any = task.fresh()
-        model.save_pretrained(folder / "model")
-        count = min(task.calibration_limit, len(task.train))
-        batches = [{"input_ids": task.train[place]["input_ids"].numpy()} for place in range(count)]
-        tokens = write_calibration(folder / "tokens.npz", batches)
+        model = task.fresh()
+        inner: Any = next(each for each in model.modules() if hasattr(each, "save_pretrained"))
+        inner.save_pretrained(folder / "model")
+        tokens = write_calibration(folder / "tokens.npz", sequences(task))
         Peer("llmcompressor", peers).run(script, folder / "model", tokens, folder, *options)
         figures = json.loads((folder / "figures.json").read_text("utf-8"))
-        unknown = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False).unexpected_keys
+        unknown = inner.load_state_dict(load_file(folder / "weights.safetensors"), strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"the peer names weights that the model lacks: {', '.join(unknown)}")
     return model, figures
+
+
+def sequences(task: Task) -> list[dict[str, np.ndarray]]:
+    """The token sequences of the calibration data, one by one, without padding."""
+    found = []
+    for batch in task.batches("calibrate", batch_size=1):  # where there is no mask, one sequence has no padding
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        found += [{"input_ids": row[mask][None].numpy()} for row, mask in zip(batch["input_ids"], real)]
+    return found
 
 
 def fill(row: Row, task: Task, given: argparse.Namespace) -> None:

@@ -1,4 +1,6 @@
-"""Weights of a language model by LLM Compressor: python weights_llmcompressor.py MODEL TOKENS OUT --bits B --group G.
+"""Weights of a language model or encoder by LLM Compressor.
+
+    python weights_llmcompressor.py MODEL TOKENS OUT --bits B --group G
 
 MODEL is a folder as transformers saves it; TOKENS an .npz file of token sequences (see calibration.py); OUT gets
 weights.safetensors, the rounded weights as floats by name, and figures.json: bits per weight with scales and zero
@@ -25,7 +27,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def bits_of(module: Any, bits: int) -> float:
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--observer", default="mse", help="minmax, or mse: searched clipping")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+    model = model_in(given.model)
     sequences = [batch["input_ids"][0].tolist() for batch in inputs_in(str(given.tokens))]
     data = Dataset.from_dict({"input_ids": sequences, "attention_mask": [[1] * len(ids) for ids in sequences]})
     groups = schemes(model, given.bits, given.group, given.observer)
@@ -90,6 +92,13 @@ def main() -> None:
     save_file(rounded, given.out / "weights.safetensors")
     figures = {"bits_per_weight": total / count, "weights": count, "cpu_seconds": seconds}
     (given.out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def model_in(folder: Path) -> Any:
+    """The model of a folder: with its head where it is a language model, else the encoder without its pooler."""
+    if any("CausalLM" in name for name in AutoConfig.from_pretrained(folder).architectures or ()):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False)
 
 
 def unused_tokenizer() -> PreTrainedTokenizerFast:
