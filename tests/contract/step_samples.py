@@ -31,6 +31,11 @@ NOTHING_IN = frozenset(
 )
 
 
+# pointwise and depthwise convolutions have no kernel between channels any more
+KERNELS = frozenset({"factor.tucker", "factor.cp", "substitute.separable"})
+SEPARATE = frozenset({"factor.cp", "substitute.separable"})
+
+
 def works(kind: str, name: str) -> bool:
     """Whether a step of this kind is tried on the task called so."""
     return (name == "blocks") == (kind in ROWS) and (kind, name) not in NOTHING_IN
@@ -81,7 +86,9 @@ def small_task(*kinds: str) -> Task:
 
 
 def share_a_task(*kinds: str) -> bool:
-    """Whether there is a small task in which all of these find something to do."""
+    """Whether there is a small task in which all of these, one after the other, find something to do."""
+    if kinds[0] in SEPARATE and set(kinds[1:]) & KERNELS:
+        return False
     return any(all(_finds_work(kind, name) for kind in kinds) for name in TASKS)
 
 
