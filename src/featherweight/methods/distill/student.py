@@ -25,7 +25,7 @@ class DistillStudent(Step, kind="distill.student"):
     it is (`zoo:NAME`), or a folder written by `save`. It stands first in a recipe, before distill.logits or
     distill.features, which train it: a student that comes with no weights knows nothing yet. A student made of this
     task's model needs no such step: prune.structured makes it narrower, prune.blocks shallower. Raises `TaskError` if
-    it does not take the task's inputs, or gives other outputs than the model by name or shape.
+    it does not take the model's inputs by their names, or gives other outputs than the model by name or shape.
     """
 
     needs: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE | Trait.TRAINABLE
@@ -67,7 +67,11 @@ class DistillStudent(Step, kind="distill.student"):
             found_layout, found = named_outputs(student(**ctx.example))
         except Exception as error:  # the user's own code runs here, and may raise anything
             text = " ".join(str(error).split())[:200]
-            raise TaskError(f"{self.kind}: {self.student} fails on the task's inputs: {text}") from error
+            names = ", ".join(ctx.example)
+            raise TaskError(
+                f"{self.kind}: {self.student} fails on the task's inputs: {text}; its forward must take them by the "
+                f"names that the model's has ({names})"
+            ) from error
         mine, theirs = ({name: tuple(tensor.shape) for name, tensor in outputs.items()} for outputs in (found, wanted))
         if (found_layout, mine) != (layout, theirs):
             raise TaskError(
