@@ -1,5 +1,7 @@
 """distill.features: which layers are matched, projections, the losses in training, and what cannot be matched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_tasks import Deep, Transformer, blocks_task, conv_task, one_thread, transformer_task  # noqa: F401
@@ -9,7 +11,7 @@ from featherweight.core.context import Context, run_step
 from featherweight.core.errors import RecipeError, TaskError
 from featherweight.core.recipe import Recipe
 from featherweight.core.step import step
-from featherweight.methods.distill.features import ATTACHED, DistillFeatures
+from featherweight.methods.distill.features import DistillFeatures
 from featherweight.methods.distill.pairs import Layer, Pair, Watch, automatic, find_pairs, seen, spread
 
 CPU = torch.device("cpu")
@@ -104,9 +106,18 @@ def test_a_narrower_student_is_projected_and_stays_what_it_was(loss):
     before = {name: tensor.shape for name, tensor in narrow().state_dict().items()}
     model, record = run_step(step("distill.features", loss=loss), narrow(), Context(task, device=CPU))
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
-    assert not hasattr(model, ATTACHED) and not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
     assert not any(module._forward_hooks for module in task.original.modules())
     assert ("projected" in record.changed["*"]) == (loss in ("hint", "crd", "cosine"))
+
+
+def test_a_row_of_layers_is_a_student():
+    """nn.Sequential runs all that it holds: nothing may be hung on it."""
+    task = conv_task()
+    rows = replace(task, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval())
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
+    model, record = run_step(step("distill.features", layers={"2": "2"}), student, Context(rows, device=CPU))
+    assert len(model) == 4 and "2 from 2 (8 projected to 32)" in record.changed["*"]
 
 
 def test_projections_are_trained():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -31,7 +30,6 @@ from .pairs import Pair, Watch, find_pairs
 from .teachers import Deployed, Recorded, check_outputs, find_teacher, teacher_digests
 
 FeatureLoss = Literal["hint", "attention", "rkd", "crd", "cosine"]
-ATTACHED = "distill_projections"  # the module that holds the projections while the model is trained
 
 
 class DistillFeatures(Step, Schedule, kind="distill.features"):
@@ -84,12 +82,11 @@ class DistillFeatures(Step, Schedule, kind="distill.features"):
         pairs = find_pairs(self.kind, model, teacher, ctx, self.layers, self.blocks, last, images)
         heads = self._projections(pairs)
         with (
-            attached(model, heads),
             Watch(model, [pair.student for pair in pairs]) as mine,
             Watch(teacher, [pair.teacher for pair in pairs]) as theirs,
         ):
             term = self.features_term(pairs, heads, teacher, mine, theirs)
-            loss = ctx.fit(model, self, term, text="distilling features")
+            loss = ctx.fit(Together(model, heads), self, term, text="distilling features")
         matched = "; ".join(f"{pair}{_widths(head)}" for pair, head in zip(pairs, heads))
         ctx.change("*", f"trained for {self.epochs:g} epochs by {self.loss}, last loss {loss:.4g}: {matched}")
         for name, parameter in model.named_parameters():
@@ -165,14 +162,17 @@ class Said(nn.Module):
         return self.output
 
 
-@contextmanager
-def attached(model: nn.Module, heads: nn.ModuleList) -> Iterator[None]:
-    """Within this block `heads` are a part of `model`, so that they are trained with it."""
-    model.add_module(ATTACHED, heads)
-    try:
-        yield
-    finally:
-        delattr(model, ATTACHED)
+class Together(nn.Module):
+    """A student with its projections, so that they are trained with it; called as the student is, which stays as it
+    is: a row of layers would run what is hung on it.
+    """
+
+    def __init__(self, student: nn.Module, heads: nn.ModuleList):
+        super().__init__()
+        self.student, self.heads = student, heads
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.student(*given, **named)
 
 
 def _classes(batch: Any) -> Tensor | None:
