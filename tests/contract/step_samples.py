@@ -34,6 +34,7 @@ NOTHING_IN = frozenset(
 # pointwise and depthwise convolutions have no kernel between channels any more
 KERNELS = frozenset({"factor.tucker", "factor.cp", "substitute.separable"})
 SEPARATE = frozenset({"factor.cp", "substitute.separable"})
+UNLIKE = ("factor.svd", "share.layers")  # layers that got ranks of their own are not alike any more
 
 
 def works(kind: str, name: str) -> bool:
@@ -87,7 +88,7 @@ def small_task(*kinds: str) -> Task:
 
 def share_a_task(*kinds: str) -> bool:
     """Whether there is a small task in which all of these, one after the other, find something to do."""
-    if kinds[0] in SEPARATE and set(kinds[1:]) & KERNELS:
+    if kinds == UNLIKE or (kinds[0] in SEPARATE and set(kinds[1:]) & KERNELS):
         return False
     return any(all(_finds_work(kind, name) for kind in kinds) for name in TASKS)
 
