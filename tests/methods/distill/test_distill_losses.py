@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tasks import one_thread  # noqa: F401
 
@@ -24,6 +24,7 @@ from featherweight.methods.distill.losses import by_correlation, decoupled
 
 seeds, temperatures = st.integers(0, 10**6), st.floats(1, 8)
 close = {"rel": 1e-4, "abs": 1e-5}
+few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -43,7 +44,7 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
 
 # -- scores ----------------------------------------------------------------------------------------------------------
 @given(seeds, temperatures, st.floats(0, 4), st.floats(0, 8))
-@settings(max_examples=15)
+@few
 def test_decoupled_is_that_of_its_paper(seed, temperature, alpha, beta):
     student, teacher = drawn(seed, (6, 5), (6, 5))
     target = torch.arange(6) % 5
@@ -57,7 +58,7 @@ def test_decoupled_is_that_of_its_paper(seed, temperature, alpha, beta):
 
 
 @given(seeds, temperatures)
-@settings(max_examples=15)
+@few
 def test_hintons_divergence_is_the_decoupled_one_weighted_by_the_teachers_doubt(seed, temperature):
     """Equation 7: KD = TCKD + (1 - p_t) NCKD, for each input."""
     student, teacher = drawn(seed, (1, 7), (1, 7))
@@ -74,7 +75,7 @@ def test_decoupled_stays_finite_where_a_probability_is_nought():
 
 
 @given(seeds, temperatures, st.floats(0, 3), st.floats(0, 3))
-@settings(max_examples=15)
+@few
 def test_by_correlation_is_that_of_its_paper(seed, temperature, inter, intra):
     student, teacher = drawn(seed, (6, 4), (6, 4))
     q, p = (np.array([softmax(row) for row in each.double().numpy() / temperature]) for each in (student, teacher))
@@ -88,7 +89,7 @@ def test_by_correlation_is_that_of_its_paper(seed, temperature, inter, intra):
 
 # -- features --------------------------------------------------------------------------------------------------------
 @given(seeds)
-@settings(max_examples=15)
+@few
 def test_a_hint_is_the_share_of_the_teachers_variance_that_is_missed(seed):
     student, teacher = drawn(seed, (9, 4), (9, 4))
     wanted = ((student - teacher).double() ** 2).mean() / teacher.double().var(correction=0)
@@ -96,7 +97,7 @@ def test_a_hint_is_the_share_of_the_teachers_variance_that_is_missed(seed):
 
 
 @given(seeds)
-@settings(max_examples=15)
+@few
 def test_attention_transfer_is_that_of_its_paper(seed):
     student, teacher = drawn(seed, (3, 4, 5, 5), (3, 7, 5, 5))
     total = 0.0
@@ -121,7 +122,7 @@ def huber(x: float) -> float:
 
 
 @given(seeds, st.floats(0, 3), st.floats(0, 3))
-@settings(max_examples=15)
+@few
 def test_relations_are_those_of_their_paper(seed, distance, angle):
     student, teacher = drawn(seed, (5, 3), (5, 6))
     sides = [each.double().numpy() for each in (student, teacher)]
@@ -156,7 +157,7 @@ def test_relations_of_equal_inputs_have_a_gradient():
 
 
 @given(seeds, st.floats(0.05, 2), st.booleans())
-@settings(max_examples=15)
+@few
 def test_the_contrast_is_that_of_its_paper(seed, temperature, classed):
     one, other = (torch.nn.functional.normalize(each, dim=1) for each in drawn(seed, (6, 4), (6, 4)))
     classes = [0, 0, 1, 2, 2, 2] if classed else list(range(6))
@@ -188,7 +189,7 @@ def test_the_contrast_falls_as_embeddings_meet():
 
 
 @given(seeds)
-@settings(max_examples=15)
+@few
 def test_the_cosine_is_one_minus_the_mean_cosine(seed):
     student, teacher = drawn(seed, (8, 5), (8, 5))
     pairs = zip(student.double().numpy(), teacher.double().numpy())
