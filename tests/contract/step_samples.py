@@ -37,6 +37,10 @@ SEPARATE = frozenset({"factor.cp", "substitute.separable"})
 UNLIKE = ("factor.svd", "share.layers")  # layers that got ranks of their own are not alike any more
 
 
+# so that what prunes behind them finds weights
+MILD = {"sparse.rigl": {"sparsity": 0.4}, "sparse.set": {"sparsity": 0.4}}
+
+
 def works(kind: str, name: str) -> bool:
     """Whether a step of this kind is tried on the task called so."""
     return (name == "blocks") == (kind in ROWS) and (kind, name) not in NOTHING_IN
@@ -50,13 +54,13 @@ GIVEN = {"distill.student": {"student": "small_tasks:student"}}  # what the user
 def sample(kind: str, **settings) -> Step:
     """A step of this kind that works on a small task.
 
-    It has its default settings, with one epoch where it trains; a method that cannot run with its defaults gives
-    others by a class method `sample()`, a mapping of settings.
+    It has its default settings (or milder ones), with one epoch where it trains; a method that cannot run with its
+    defaults gives others by a class method `sample()`, a mapping of settings.
     """
     cls = Step.kinds[kind]
     given = cls.sample() if hasattr(cls, "sample") else GIVEN.get(kind, {})
     short = {"epochs": 1} if "epochs" in cls.model_fields else {}
-    return step(kind, **{**short, **given, **settings})
+    return step(kind, **{**short, **given, **MILD.get(kind, {}), **settings})
 
 
 def stronger(kind: str) -> Step:
