@@ -54,13 +54,18 @@ GIVEN = {"distill.student": {"student": "small_tasks:student"}}  # what the user
 def sample(kind: str, **settings) -> Step:
     """A step of this kind that works on a small task.
 
-    It has its default settings (or milder ones), with one epoch where it trains; a method that cannot run with its
+    It has its default settings, with one epoch where it trains; a method that cannot run with its
     defaults gives others by a class method `sample()`, a mapping of settings.
     """
     cls = Step.kinds[kind]
     given = cls.sample() if hasattr(cls, "sample") else GIVEN.get(kind, {})
     short = {"epochs": 1} if "epochs" in cls.model_fields else {}
-    return step(kind, **{**short, **given, **MILD.get(kind, {}), **settings})
+    return step(kind, **{**short, **given, **settings})
+
+
+def leading(kind: str, **settings) -> Step:
+    """A step of this kind that leaves something to do for any other behind it."""
+    return sample(kind, **{**MILD.get(kind, {}), **settings})
 
 
 def stronger(kind: str) -> Step:

@@ -55,8 +55,9 @@ def test_factored_layers_are_smaller_saved_trained_and_exported(kind, make, give
     model, record = made(task, kind, **given)
     whole = sum(weights(layer_by_name(task.original, name)) for name in record.changed)
     found = sum(weights(layer_by_name(model, name)) for name in record.changed)
-    # what an allocation over all layers leaves whole, it leaves out of the budget of the others
-    assert found <= whole * (given["keep"] + 0.02) or given.get("allocation") != "layer"
+    # an allocation over all layers leaves some whole; budgets over those have a test of their own
+    if given.get("allocation", "layer" if kind != "factor.svd" else "energy") == "layer":
+        assert found <= whole * given["keep"]
     assert record.parameters_before - record.parameters_after == whole - found > 0
     every = {n for n, m in task.original.named_modules() if any(True for _ in m.parameters(recurse=False))}
     named = {each.layer for each in record.left} | record.changed.keys()
@@ -86,6 +87,8 @@ def test_the_more_parameters_the_less_is_lost(kind, make):
         with torch.no_grad():
             errors.append(off(model(images), task.original(images)))
     assert errors[2] < errors[1] < errors[0]
+    if kind == "factor.svd":
+        assert errors[2] < 0.35
 
 
 def test_a_convolution_in_factors_computes_its_weight_wherever_it_is_applied():
@@ -149,6 +152,13 @@ def test_budgets_are_kept_and_ranks_are_multiples():
         assert sum(weights(layer_by_name(model, name)) for name in open_) <= 0.6 * whole + 1
         ranks = [layer_by_name(model, name)[0].out_features for name in record.changed]
         assert all(rank % 4 == 0 or rank < 8 for rank in ranks) and any(rank % 4 == 0 for rank in ranks)
+
+
+def test_a_budget_that_no_ranks_meet_is_said():
+    task = transformer_task()
+    for allocation in ("energy", "layer"):
+        _, record = made(task, "factor.svd", keep=0.01, allocation=allocation)
+        assert any("keep=0.01" in text for text in record.warnings)
 
 
 def test_cores_are_layers_that_are_quantized():

@@ -54,8 +54,9 @@ class SingularValues(Factoring, kind="factor.svd"):
     least error of its weight. A convolution becomes one with fewer outputs and one with a kernel of one; a table
     (`embeddings`) a narrower one and a linear layer. `allocation` "energy" gives each layer the rank at which the
     shares of energy that all miss add up to least within `keep`; "sensitivity" weighs a layer by what the model's
-    outputs change by when it alone is factored; "layer" gives each the same share. Ranks are multiples of `multiple`
-    (default: what the target likes). `damping`: see `decompose`. With `retrain` the network is then trained.
+    outputs (all held in memory) change by when it alone is factored; "layer" gives each the same share. Ranks are
+    multiples of `multiple` (default: what the target likes). `damping`: see `decompose`. A budget that even the
+    smallest ranks exceed is a warning. With `retrain` the network is then trained.
     """
 
     place: ClassVar[Place | None] = Place.RESHAPE
@@ -105,7 +106,11 @@ class SingularValues(Factoring, kind="factor.svd"):
         if not ranked:
             return {}
         if self.allocation == "layer":
-            return {name: self._share(each) for name, each in ranked.items()}
+            ranks = {name: self._share(each) for name, each in ranked.items()}
+            for name, each in ranked.items():
+                if each.parameters(ranks[name]) > self.keep * each.whole:
+                    ctx.warn(f"{name}: its smallest rank has more parameters than keep={self.keep}")
+            return ranks
         budget = self.keep * sum(each.whole for each in ranked.values())
         costs = [[float(each.parameters(rank)) for rank in each.ranks] for each in ranked.values()]
         if self.allocation == "sensitivity":
@@ -114,6 +119,10 @@ class SingularValues(Factoring, kind="factor.svd"):
         else:
             losses = [[each.missed(rank) for rank in each.ranks] for each in ranked.values()]
         least = sum(min(each) for each in costs)
+        if least > budget:
+            ctx.warn(
+                f"the smallest ranks have {least:,.0f} parameters, more than keep={self.keep} allows: {budget:,.0f}"
+            )
         places = choose(costs, losses, max(budget, least * 1.01)).options(max(budget, least * 1.01))
         return {name: each.ranks[place] for (name, each), place in zip(ranked.items(), places)}
 
