@@ -34,11 +34,20 @@ NOTHING_IN = frozenset(
 # pointwise and depthwise convolutions have no kernel between channels any more
 KERNELS = frozenset({"factor.tucker", "factor.cp", "substitute.separable"})
 SEPARATE = frozenset({"factor.cp", "substitute.separable"})
-UNLIKE = ("factor.svd", "share.layers")  # layers that got ranks of their own are not alike any more
 
 
 # so that what prunes behind them finds weights
 MILD = {"sparse.rigl": {"sparsity": 0.4}, "sparse.set": {"sparsity": 0.4}}
+
+
+# in which of the small tasks a step leaves nothing for another behind it
+NOTHING_BEHIND = {
+    # layers that got ranks of their own are not alike any more
+    ("factor.svd", "share.layers"): frozenset(TASKS),
+    # the reshapes of tensor trains bind every channel
+    ("factor.train", "prune.structured"): frozenset({"conv"}),
+    ("factor.train", "sparse.structured_dropout"): frozenset(TASKS),
+}
 
 
 def works(kind: str, name: str) -> bool:
@@ -90,16 +99,22 @@ def _finds_work(kind: str, name: str) -> bool:
     return (kind, name) not in NOTHING_IN and (kind not in ROWS or name == "blocks")
 
 
+def _tasks(kinds: tuple[str, ...]) -> list[str]:
+    """The small tasks in which all of these, one after the other, find something to do."""
+    if kinds[0] in SEPARATE and set(kinds[1:]) & KERNELS:
+        return []
+    bound = NOTHING_BEHIND.get((kinds[0], kinds[-1]), ())
+    return [name for name in TASKS if name not in bound and all(_finds_work(kind, name) for kind in kinds)]
+
+
 def small_task(*kinds: str) -> Task:
-    """The first of the small tasks in which all of these find something to do."""
-    return next(make() for name, make in TASKS.items() if all(_finds_work(kind, name) for kind in kinds))
+    """The first of the small tasks in which all of these, one after the other, find something to do."""
+    return TASKS[_tasks(kinds)[0]]()
 
 
 def share_a_task(*kinds: str) -> bool:
-    """Whether there is a small task in which all of these, one after the other, find something to do."""
-    if kinds == UNLIKE or (kinds[0] in SEPARATE and set(kinds[1:]) & KERNELS):
-        return False
-    return any(all(_finds_work(kind, name) for kind in kinds) for name in TASKS)
+    """Whether there is such a task."""
+    return bool(_tasks(kinds))
 
 
 def allowed(one: str, other: str) -> bool:

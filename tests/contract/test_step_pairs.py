@@ -66,8 +66,10 @@ def test_every_pair_saves_exports_and_agrees(one, other, tmp_path):
         got = artifact.open()(images)
         assert got.shape == wanted.shape
         # integer kernels may round a value on the edge between two steps the other way; floats agree to rounding
-        assert np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)) < (0.05 if integers else 1e-4)
-        assert (got.argmax(1) == wanted.argmax(1)).mean() >= (0.95 if integers else 1.0)
+        size, bound = np.sqrt(np.mean(wanted**2)), 0.05 if integers else 1e-4
+        assert np.sqrt(np.mean((got - wanted) ** 2)) < bound * size
+        clear = np.diff(np.sort(wanted, axis=1)[:, -2:])[:, 0] > bound * size  # not a tie to within that error
+        assert (got.argmax(1) == wanted.argmax(1))[clear].mean() >= (0.95 if integers else 1.0)
 
 
 def test_an_order_that_cannot_work_is_refused_before_anything_runs():

@@ -13,6 +13,7 @@ from featherweight.core.recipe import Recipe
 from featherweight.core.step import step
 from featherweight.methods.distill.features import DistillFeatures
 from featherweight.methods.distill.pairs import Layer, Pair, Watch, automatic, find_pairs, seen, spread
+from featherweight.model.graph import captured
 
 CPU = torch.device("cpu")
 LOSSES = ("hint", "attention", "rkd", "crd", "cosine")
@@ -207,3 +208,18 @@ def test_settings_are_plain_data():
     assert Recipe.parse(Recipe([item]).dump()).steps[0] == item
     with pytest.raises(RecipeError, match=r"distill\.features: .*blocks"):
         step("distill.features", blocks=[[0]])
+
+
+def test_layers_of_a_captured_graph_are_seen_by_the_operations_that_read_their_weights():
+    task = conv_task()
+    ctx = Context(task, device=CPU)
+    graph = captured(task.fresh(), ctx.example, {})
+    code, layers = graph.code, seen(task.fresh(), ctx)
+    found = seen(graph, ctx)
+    assert {name: found[name].shape for name in ("stem", "conv", "depth", "hidden")} == {
+        name: layers[name].shape for name in ("stem", "conv", "depth", "hidden")
+    }
+    assert graph.code == code and not hasattr(graph, "taps")
+    model, record = run_step(step("distill.features", epochs=1), graph, ctx)
+    assert "depth from depth" in record.changed["*"]
+    assert model.code == code

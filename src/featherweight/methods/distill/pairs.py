@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ...core.context import Context
 from ...core.errors import TaskError
 from ...core.outputs import first, named_outputs
+from ...model.parts import operations
 
 Form = tuple[int, ...]
 
@@ -45,24 +46,35 @@ class Layer:
         return (self.shape[0], *self.shape[2:]) if len(self.shape) > 3 else self.shape[:-1]
 
 
+TAPS = "taps"
+
+
 class Watch:
-    """Keeps the first output of some modules, while it is entered, each time that the model runs."""
+    """Keeps the first output of some layers, while it is entered, each time that the model runs.
+
+    The layers of a captured graph only hold weights: what is kept there is the output of the operation that reads them.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str]):
-        self.modules = {name: model.get_submodule(name) for name in dict.fromkeys(names)}
+        self.model, self.names = model, list(dict.fromkeys(names))
         self.found: dict[str, Tensor] = {}
-        self.calls = dict.fromkeys(self.modules, 0)
+        self.calls = dict.fromkeys(self.names, 0)
 
     def __enter__(self) -> Watch:
+        tapped = _insert_taps(self.model, self.names) if isinstance(self.model, fx.GraphModule) else {}
         self.handles = [
-            module.register_forward_hook(lambda _m, _given, out, name=name: self._note(name, out))
-            for name, module in self.modules.items()
+            (tapped.get(name) or self.model.get_submodule(name)).register_forward_hook(
+                lambda _m, _given, out, name=name: self._note(name, out)
+            )
+            for name in self.names
         ]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+        if isinstance(self.model, fx.GraphModule):
+            _remove_taps(self.model)
         self.found.clear()
 
     def _note(self, name: str, out: object) -> None:
@@ -80,7 +92,7 @@ def seen(model: nn.Module, ctx: Context) -> dict[str, Layer]:
     """The layers of `model` that run once and give features, in the order in which they end; not what gives the
     model's own outputs.
     """
-    names = [name for name, module in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules() if name and "parametrizations" not in name.split(".")]
     with Watch(model.eval(), names) as watch:
         outputs = {id(each) for each in named_outputs(model(**ctx.example))[1].values()}
         blocks = _blocks(model)
@@ -89,6 +101,30 @@ def seen(model: nn.Module, ctx: Context) -> dict[str, Layer]:
             for name, tensor in watch.found.items()
             if watch.calls[name] == 1 and id(tensor) not in outputs
         }
+
+
+def _insert_taps(model: fx.GraphModule, layers: Sequence[str]) -> dict[str, nn.Module]:
+    """Put a module that gives back its input behind the operation of each of these layers that has one."""
+    found: dict[str, nn.Module] = {}
+    for layer, node in operations(model, layers).items():
+        name = f"{TAPS}.{node.name}"
+        model.add_submodule(name, tap := nn.Identity())
+        with model.graph.inserting_after(node):
+            put = model.graph.call_module(name, (node,))
+        for user in [user for user in node.users if user is not put]:
+            user.replace_input_with(node, put)
+        found[layer] = tap
+    model.recompile()
+    return found
+
+
+def _remove_taps(model: fx.GraphModule) -> None:
+    for node in list(model.graph.nodes):
+        if node.op == "call_module" and str(node.target).startswith(f"{TAPS}."):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            model.graph.erase_node(node)
+    model.delete_submodule(TAPS)
+    model.recompile()
 
 
 def _blocks(model: nn.Module) -> set[str]:
