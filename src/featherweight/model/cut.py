@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -154,14 +154,24 @@ def disagreement(
 ) -> str:
     """Why removing `cut` is not the same as silencing it, on `example`; empty if it is. The model is not changed.
 
-    Outputs of copies of `model` are compared, in evaluation mode, by root mean square of the difference over that of
-    the outputs.
+    Outputs of copies of `model` are compared, in evaluation mode; see `unlike`.
     """
     silent = silence(shell(model), coupling, cut).eval()
-    want = named_outputs(silent(**{name: tensor.clone() for name, tensor in example.items()}))[1]
+    return unlike(
+        silent(**{name: tensor.clone() for name, tensor in example.items()}),
+        lambda: remove(shell(model), coupling, cut).eval()(**{name: each.clone() for name, each in example.items()}),
+        tolerance,
+    )
+
+
+def unlike(silenced: Any, removed: Callable[[], Any], tolerance: float) -> str:
+    """Why what a model gives after a removal is not what it gave silenced, in one phrase; empty if it is.
+
+    Compared is the root mean square of the difference over that of the outputs.
+    """
+    want = named_outputs(silenced)[1]
     try:
-        smaller = remove(shell(model), coupling, cut).eval()
-        got = named_outputs(smaller(**{name: tensor.clone() for name, tensor in example.items()}))[1]
+        got = named_outputs(removed())[1]
     except Exception as error:  # the user's own code runs here, and may raise anything on sizes that it does not expect
         brief = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"its removal breaks the model ({brief[:160]})"
