@@ -73,7 +73,7 @@ def mutated(header: dict[str, Any], chance: random.Random) -> dict[str, Any]:
         for key in above:
             holder = holder[key]
         if chance.random() < 0.85:
-            holder[last] = chance.choice(ODD)
+            holder[last] = copy.deepcopy(chance.choice(ODD))  # one list in two places could hold itself
         else:
             del holder[last]
     return made
