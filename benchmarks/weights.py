@@ -157,11 +157,15 @@ def made(row: Row, task: Task, seed: int) -> nn.Module:
         options = {name: value for name, value in settings.items() if name != "kind"}
         model, _ = run_step(step(settings["kind"], **options), model, ctx)
     row.cpu_seconds = time.process_time() - started
-    stored = list(encodings(model).values())
-    row.weights = sum(math.prod(encoding.shape) for encoding in stored)
-    total = sum(encoding.bits_per_weight() * math.prod(encoding.shape) for encoding in stored)
-    row.bits_per_weight = total / row.weights
+    row.weights, row.bits_per_weight = stored(model)
     return model
+
+
+def stored(model: nn.Module) -> tuple[int, float]:
+    """How many weights a model holds in an encoding, and the bits that each takes, all metadata counted."""
+    found = list(encodings(model).values())
+    weights = sum(math.prod(encoding.shape) for encoding in found)
+    return weights, sum(encoding.bits_per_weight() * math.prod(encoding.shape) for encoding in found) / weights
 
 
 def made_by_peer(row: Row, task: Task, peers: Path | None) -> nn.Module:
