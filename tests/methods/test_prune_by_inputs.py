@@ -171,26 +171,30 @@ def blocks_task() -> Task:
 
 
 def test_each_block_meets_what_the_pruned_blocks_before_it_give():
-    """Wanda by hand: layer after layer in a network whose earlier layers are pruned already."""
+    """Wanda by hand: the layers of a block by what they get with the blocks before it pruned, itself not yet."""
     task = blocks_task()
     model, _ = pruned(task, score="wanda", only="blocks.*")
     plain, now = fold(model), task.fresh()
     images = task.calibrate.tensors[0]
     for place in range(3):
-        for name in ("one", "two"):
-            full = f"blocks.{place}.{name}"
-            seen: list[Tensor] = []
-            handle = now.get_submodule(full).register_forward_hook(
-                lambda _m, given, _o, seen=seen: seen.append(given[0])
+        names = [f"blocks.{place}.{name}" for name in ("one", "two")]
+        seen: dict[str, Tensor] = {}
+        handles = [
+            now.get_submodule(name).register_forward_hook(
+                lambda _m, given, _o, name=name, seen=seen: seen.update({name: given[0]})
             )
-            with torch.no_grad():
-                now(images)
+            for name in names
+        ]
+        with torch.no_grad():
+            now(images)
+        for handle in handles:
             handle.remove()
-            weight = now.get_parameter(f"{full}.weight")
-            score = weight.detach().abs() * seen[0].square().mean(0).sqrt()
+        for name in names:
+            weight = now.get_parameter(f"{name}.weight")
+            score = weight.detach().abs() * seen[name].square().mean(0).sqrt()
             keep = torch.zeros_like(score).scatter_(1, score.topk(score.shape[1] // 2, 1).indices, 1.0)
             weight.data *= keep
-            assert torch.equal(weight, plain.get_parameter(f"{full}.weight")), full
+            assert torch.equal(weight, plain.get_parameter(f"{name}.weight")), name
 
 
 def test_compensation_brings_outputs_back_to_the_originals():

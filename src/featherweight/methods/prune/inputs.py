@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.context import Context
 from ...core.errors import NotFinite
 from ...core.soft import copied
-from ...model.moments import Moments, corrected, gather, observe, stages
+from ...model.moments import Moments, Stage, corrected, gather, observe, stages
 from .connections import Connections
 from .obs import cheapest, refitted, removals
 from .patterns import Pattern, masks
@@ -124,16 +124,19 @@ def aim(each: Connections, moments: Moments, damping: float, ctx: Context) -> Te
 
 
 def block_by_block(model: nn.Module, ctx: Context, held: Mapping[str, Connections], drift: bool, solve: Solve) -> None:
-    """Prune the layers of one block after the other, each with inputs from what is pruned before it; then the rest.
+    """Prune the layers of one block after the other, each with inputs from the blocks pruned before it; then the rest.
 
-    With `drift` the moments say how far outputs are from the original's.
+    With `drift` the moments say how far outputs are from the original's, and layers of one block see those of it that
+    are pruned already. Without, they see the block as it was: scores of inputs that are damaged but not made up for
+    prune worse.
     """
     waiting = dict(held)
     for block in ctx.blocks(model):
         prefix = f"{block.name}."
         inside = [name.removeprefix(prefix) for name in waiting if name.startswith(prefix)]
         original = copied(block.module) if inside and drift else None
-        for stage in stages(block, inside) if inside else []:
+        found = stages(block, inside) if inside else []
+        for stage in found if drift else together(found):
             for name, moments in gather(block, original, stage).items():
                 each = waiting.pop(prefix + name)
                 solve(each, in_order(each, moments))
@@ -142,6 +145,12 @@ def block_by_block(model: nn.Module, ctx: Context, held: Mapping[str, Connection
     for some in in_chunks(waiting):
         for name, moments in observe(model, list(some), ctx).items():
             solve(some[name], in_order(some[name], moments))
+
+
+def together(found: list[Stage]) -> list[Stage]:
+    """One stage with the layers of all, whose drift is not asked for."""
+    layers = [layer for stage in found for layer in stage.layers]
+    return [Stage(layers, dict.fromkeys(layers))] if layers else []
 
 
 def in_chunks(held: Mapping[str, Connections]) -> Iterator[dict[str, Connections]]:
