@@ -270,9 +270,6 @@ def spread(found: Figure, digits: int = 2) -> str:
 
 def page(ledger: Ledger) -> str:
     """The whole page in Markdown."""
-    batches = [timing.batch for timing in ledger.rows[0].timings]
-    head = ["network", "form", "accuracy", "fewer MACs", "parameters", "bytes", "epochs"]
-    head += [f"faster, batch {batch}" for batch in batches] + [f"than int8, batch {batch}" for batch in batches]
     lines = [
         PAGE,
         f"* Date: {ledger.date}",
@@ -282,17 +279,27 @@ def page(ledger: Ledger) -> str:
         f"* Budget: {ledger.budget_seconds:.0f} s on {ledger.threads} threads; {ledger.training}",
         f"* Network: {ledger.task}, test inputs: {ledger.rows[0].accuracy.n}. {ledger.notes}",
         "",
+        *table(ledger.rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Every row, the original first, and below how each network was made."""
+    batches = [timing.batch for timing in rows[0].timings]
+    head = ["network", "form", "accuracy", "fewer MACs", "parameters", "bytes", "epochs"]
+    head += [f"faster, batch {batch}" for batch in batches] + [f"than int8, batch {batch}" for batch in batches]
+    lines = [
         f"| {' | '.join(head)} |",
         f"|---|---|{'---:|' * (len(head) - 2)}",
     ]
-    for each in ledger.rows:
-        cells = [each.name, each.form, spread(each.accuracy), f"{ledger.rows[0].macs / each.macs:.2f}x"]
+    for each in rows:
+        cells = [each.name, each.form, spread(each.accuracy), f"{rows[0].macs / each.macs:.2f}x"]
         cells += [f"{each.parameters:,}", f"{each.bytes:,}", f"{each.epochs:.1f}" if each.epochs else ""]
         cells += [spread(timing.faster) for timing in each.timings]
         cells += [spread(timing.faster) for timing in each.than_int8] or [""] * len(batches)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"* {each.name}: {each.about}" for each in ledger.rows if each.about and each.form == "float32")]
-    return "\n".join(lines) + "\n"
+    return [*lines, "", *(f"* {each.name}: {each.about}" for each in rows if each.about and each.form == "float32")]
 
 
 def command(given: argparse.Namespace) -> str:

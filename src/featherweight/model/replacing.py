@@ -41,12 +41,20 @@ class Replacing(LayerStep):
     retrain: Training | None = None
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        return self.healed(self.changed(model, ctx), ctx)
+
+    def changed(self, model: nn.Module, ctx: Context) -> nn.Module:
+        """The model with other layers in place of the chosen ones, not trained."""
         found = self.chosen(model, ctx)
         for name, made in self.made(found, model, ctx):
             model = replaced(model, name, made.module.to(ctx.device))
             ctx.change(name, made.how)
         if self.recalibrate and ctx.record.changed:
             recalibrate(model, ctx)
+        return model
+
+    def healed(self, model: nn.Module, ctx: Context) -> nn.Module:
+        """The model after `retrain`, if that is set and anything changed."""
         if self.retrain is not None and ctx.record.changed:
             ctx.fit(model, self.retrain, text=f"retraining after {self.kind}")
         return model
@@ -62,14 +70,14 @@ class Replacing(LayerStep):
     def chosen(self, model: nn.Module, ctx: Context) -> dict[str, Matrix]:
         """The layers to replace; every other one that has parameters is reported as left alone."""
         found = {each.name: each for each in chosen_matrices(self, model, ctx, "nothing is put in its place")}
-        called = _called(model, list(found), ctx)
+        running = called(model, list(found), ctx)
         left = {}
         for name, each in found.items():
             if each.twins:
                 left[name] = "shares its weight with another layer, which this would end"
             elif each.keep is not None:
                 left[name] = "is pruned, and what takes its place would have no zeros"
-            elif name not in called:
+            elif name not in running:
                 left[name] = "is not called: what surrounds it uses its weight as it is"
             elif reason := self.obstacle(each):
                 left[name] = reason
@@ -118,7 +126,7 @@ def with_kernel(layer: Convolution, inputs: int, outputs: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _called(model: nn.Module, names: list[str], ctx: Context) -> set[str]:
+def called(model: nn.Module, names: list[str], ctx: Context) -> set[str]:
     """Those of these layers that run as modules when the model does."""
     found: set[str] = set()
     hooks = {name: (lambda _given, _output, name=name: found.add(name)) for name in names}

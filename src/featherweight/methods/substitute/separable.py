@@ -49,6 +49,13 @@ def output_error(weight: Tensor, near: Tensor, moment: Tensor) -> float:
     return float(((missed @ system) * missed).sum() / ((whole @ system) * whole).sum().clamp_min(1e-300))
 
 
+def energy(depthwise: Tensor, moment: Tensor) -> Tensor:
+    """The mean square of what each depthwise kernel gives, [inputs, multiplier]."""
+    inputs, _, places = depthwise.shape
+    own = moment.to(depthwise).reshape(inputs, places, inputs, places).diagonal(dim1=0, dim2=2)
+    return torch.einsum("imk,kli,iml->im", depthwise, own, depthwise)
+
+
 def _best_pointwise(target: Tensor, moment: Tensor, depthwise: Tensor) -> Tensor:
     inputs, multiplier, places = depthwise.shape
     spread = torch.zeros(inputs, multiplier, inputs, places, dtype=depthwise.dtype, device=depthwise.device)
