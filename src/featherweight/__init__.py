@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Result, apply, compress, diagnose, load, measure, pack, save, unpack
+    from .api import Result, apply, compress, diagnose, load, load_adapter, measure, pack, save, save_adapter, unpack
     from .core.axis import Axis, Bench
     from .core.context import Context
     from .core.data import Arrays
@@ -43,7 +43,19 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "api": ("Result", "apply", "compress", "diagnose", "load", "measure", "pack", "save", "unpack"),
+    "api": (
+        "Result",
+        "apply",
+        "compress",
+        "diagnose",
+        "load",
+        "load_adapter",
+        "measure",
+        "pack",
+        "save",
+        "save_adapter",
+        "unpack",
+    ),
     "core.axis": ("Axis", "Bench"),
     "core.context": ("Context",),
     "core.data": ("Arrays",),
@@ -111,10 +123,12 @@ __all__ = [
     "compress",
     "diagnose",
     "load",
+    "load_adapter",
     "measure",
     "pack",
     "ready_made",
     "save",
+    "save_adapter",
     "unpack",
 ]
 

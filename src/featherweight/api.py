@@ -22,7 +22,7 @@ from .core.soft import encodings, fold
 from .core.target import Artifact, Target
 from .core.target import target as find_target
 from .core.task import Split, Task, find_task
-from .model import coded, skeleton
+from .model import adapter_files, coded, skeleton
 from .model.encoded import lean, standalone
 from .report.build import build as build_report
 from .report.build import build_diagnosis
@@ -219,6 +219,22 @@ def load(folder: str | Path, like: nn.Module | Callable[[], nn.Module] | None = 
     models of known layers need none.
     """
     return skeleton.load(folder, like)
+
+
+def save_adapter(model: nn.Module, file: str | Path) -> Path:
+    """Write the adapters of `model` (those kept beside their layers) to one small file with the digest of their base.
+
+    `load_adapter` puts them on another copy of that base, and a `Runner` of an artifact of that base runs with them
+    after `use(file)`. Raises `TaskError` for a model without adapters.
+    """
+    return adapter_files.save_adapter(model, file)
+
+
+def load_adapter(model: nn.Module, file: str | Path) -> nn.Module:
+    """A copy of `model` with the adapters in `file` in place of its own. Raises `ArtifactError` if they belong to
+    another base.
+    """
+    return adapter_files.load_adapter(model, file)
 
 
 def pack(source: nn.Module | str | Path, file: str | Path, like: skeleton.Like = None) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import NotCarried, RecipeError
+from .errors import MissingExtra, NotCarried, RecipeError
 from .files import value_digest, write_text
 from .step import ALL_TRAITS, Step, Trait, step
 
@@ -81,15 +81,20 @@ class Recipe:
                     f"step {place} ({item.kind}) puts another model in place, which undoes step {place - 1} "
                     f"({self.steps[place - 2].kind}); put {item.kind} first"
                 )
+            if missing := type(item).missing():
+                raise MissingExtra(
+                    f"step {place} ({item.kind}) needs {', '.join(missing)}; "
+                    f"run: pip install 'featherweight[{type(item).extra}]'"
+                )
             for trait in type(item).needs & ~have:
                 raise RecipeError(
                     f"step {place} ({item.kind}) needs a model that is still {str(trait.name).lower()}, "
                     f"but step {taken[trait]} ({self.steps[taken[trait] - 1].kind}) ended that; "
                     f"put {item.kind} before it"
                 )
-            for trait in type(item).takes & have:
+            for trait in item.ended() & have:
                 taken[trait] = place
-            have &= ~type(item).takes
+            have &= ~item.ended()
             if target is not None:
                 for form in target.refuses(item.forms()):
                     raise NotCarried(

@@ -79,6 +79,8 @@ class Step(BaseModel):
     paper: ClassVar[str] = ""
     place: ClassVar[Place | None] = None  # None: the search does not use it by itself
     gains: ClassVar[frozenset[str]] = frozenset({"latency", "size", "energy"})  # objectives that the search uses it for
+    packages: ClassVar[tuple[str, ...]] = ()  # that must be installed beside those of this package...
+    extra: ClassVar[str] = ""  # ...by this extra
     trains: ClassVar[bool] = False
     begins: ClassVar[bool] = False  # puts another model in place, so that it can only stand first in a recipe
 
@@ -100,10 +102,21 @@ class Step(BaseModel):
         """The forms of encodings that this step, as it is set, may leave in the model."""
         return self.makes
 
+    def ended(self) -> Trait:
+        """What is no longer possible after this step, as it is set: `takes`, or less."""
+        return self.takes
+
     @property
     def training(self) -> bool:
         """Whether this step, as it is set, runs epochs of training."""
         return self.trains or getattr(self, "retrain", None) is not None
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """The packages that this step needs and that are not installed."""
+        import importlib.util
+
+        return [package for package in cls.packages if importlib.util.find_spec(package) is None]
 
     @property
     def timed(self) -> bool:

@@ -7,15 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
+from .adapter import FILE, AdapterFile, Switching, none
 from .encoding import Encoding, Sparse, holds_zeros
 from .errors import ArtifactError, MissingExtra, NotCarried, NotFinite, RecipeError
 from .files import file_digest, folder_size, recover_folder, whole_folder, write_json
+from .manifest import Agreement as Agreement
+from .manifest import Input as Input
+from .manifest import Manifest as Manifest
+from .manifest import Work as Work
 from .outputs import Layout, named_outputs, rebuild
 from .step import one_line
 
@@ -26,58 +31,6 @@ if (
 
 
 PACKED = "packed"  # in `carries`: every form whose encoding says what lies on the disk and restores itself from it
-
-
-class Work(BaseModel):
-    """What one inference computes and holds, read off the artifact, for one input (batch 1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    parameters: int
-    macs: int
-    integer_macs: int = 0
-    weight_bytes: int
-    activation_bytes: int | None = None  # that operations give to one another; None where it cannot be told
-
-
-class Input(BaseModel):
-    """One input of an artifact: its shape with -1 where a dimension is free, and numpy's name of its type."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    shape: list[int]
-    dtype: str
-
-
-class Agreement(BaseModel):
-    """How far the artifact's outputs are from the torch model's on real inputs; `relative` is root mean square over
-    that of the outputs.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    batches: list[int]
-    max_abs: float
-    relative: float
-    bound: float
-
-
-class Manifest(BaseModel):
-    """What an artifact is: written beside it, and checked when it is opened."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[1] = 1
-    target: dict[str, Any]
-    file: str
-    inputs: list[Input]
-    layout: Layout
-    outputs: list[str]
-    stored: dict[str, str]
-    dense: list[str] = []
-    evidence: dict[str, Any] = {}
-    work: Work
-    agreement: Agreement
-    recipe: dict[str, Any]
-    digests: dict[str, str]
-    versions: dict[str, str]
 
 
 Session = Callable[..., list[np.ndarray]]
@@ -112,6 +65,11 @@ class Artifact:
             return folder_size(self.file)
         return self.file.stat().st_size + sum(file.stat().st_size for file in self.folder.glob(f"{self.file.name}.*"))
 
+    @property
+    def adapter(self) -> Path | None:
+        """The file of the adapter that it was exported with, which other artifacts of its base take; None without."""
+        return self.folder / FILE if self.manifest.slots else None
+
     def verify(self) -> None:
         """Compare every file with its digest; raise `ArtifactError` that names the first that differs or is missing."""
         for name, digest in self.manifest.digests.items():
@@ -139,6 +97,19 @@ class Runner:
 
     def __init__(self, session: Session, manifest: Manifest):
         self.session, self.manifest = session, manifest
+
+    def use(self, adapter: str | Path | None) -> None:
+        """Run with the adapter in this file from now on, or with none: the base stays loaded as it is.
+
+        Raises `ArtifactError` for a file of another base, or one that does not fit.
+        """
+        slots, base = self.manifest.slots, self.manifest.base
+        if not slots or not isinstance(self.session, Switching):
+            raise ArtifactError(
+                "this artifact has no adapter to switch: export a model with adapters kept beside their layers "
+                "(merge: false) to onnxruntime"
+            )
+        self.session.use(none(slots) if adapter is None else AdapterFile.read(adapter).fitting(base, slots, adapter))
 
     def prepare(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         """The inputs by name, as contiguous arrays of the artifact's types.
@@ -217,6 +188,10 @@ class Target(BaseModel, ABC):
     def work(self, path: Path, example: dict[str, np.ndarray]) -> Work:
         """Parameters, multiply-accumulates and bytes of one inference, read off the file."""
 
+    def slots(self, path: Path) -> dict[str, list[int]]:
+        """The tensors of adapters that lie in the file as inputs, by name: their shapes, -1 where any size will do."""
+        return {}
+
     def evidence(self, path: Path) -> dict[str, Any]:
         """What the runtime itself says of how it runs the file, such as the number of its integer kernels."""
         return {}
@@ -245,6 +220,7 @@ class Target(BaseModel, ABC):
         compute) of the torch model's. Raises `NotCarried` for a form that this target does not carry, `ArtifactError`
         if what was written is not what was asked for or does not agree.
         """
+        from .adapted import adapter_of
         from .soft import encodings, fold
 
         free = {name: {0: "batch"} for name in example} if free is None else free
@@ -273,7 +249,7 @@ class Target(BaseModel, ABC):
                         f"{self.name} stored {name!r} as {found.get(name, 'nothing')}, not as {encoding.form}"
                     )
             compared = self._compare(plain, path, example, free, bound)
-            manifest = self._manifest(path, example, free, found, dense, compared, recipe)
+            manifest = self._manifest(path, example, free, found, dense, compared, recipe, adapter_of(model))
             write_json(temporary / "manifest.json", manifest.model_dump(mode="json"))
         return Artifact(folder)
 
@@ -286,8 +262,12 @@ class Target(BaseModel, ABC):
         dense: list[str],
         compared: tuple[Layout, list[str], Agreement],
         recipe: dict[str, Any] | None,
+        adapter: AdapterFile | None,
     ) -> Manifest:
-        """What was written beside `path`, the example inputs (which it saves) included."""
+        """What was written beside `path`, the example inputs and the adapter (which it saves) included."""
+        slots = self.slots(path)
+        if slots and adapter is not None:
+            adapter.write(path.parent / FILE)
         arrays = {name: tensor.numpy() for name, tensor in example.items()}
         np.savez(path.parent / "example.npz", **arrays)  # type: ignore[arg-type]
         inputs = [
@@ -308,6 +288,8 @@ class Target(BaseModel, ABC):
             outputs=outputs,
             stored=stored,
             dense=dense,
+            base=adapter.base if slots and adapter is not None else "",
+            slots=slots,
             evidence=self.evidence(path),
             work=self.work(path, arrays),
             agreement=agreement,

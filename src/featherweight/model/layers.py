@@ -16,12 +16,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..core.adapted import BASE, Adapted
 from ..core.errors import ArtifactError
+from .adapters import Bottleneck, LowRank, Scaled
 from .factored import Factored, TensorTrain, TensorTrainEmbedding
 from .graph import CAPTURED
 from .port import DynamicPort, Port
 from .ported import PortedLinear, PortedLSTM
 from .program import load_graph, read_captured
+from .prompts import Prefix, Prompt, Prompted
 
 Settings = dict[str, Any]
 Read = Callable[[nn.Module], Settings | None]
@@ -30,7 +33,8 @@ Make = Callable[[Settings], nn.Module]
 CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOLD_VALUES = (nn.ParameterList, nn.ParameterDict)  # their constructors take tensors
 REPEATED = ("num_layers", "num_encoder_layers", "num_decoder_layers")  # each makes tensors
-OURS = (Port, DynamicPort, PortedLinear, PortedLSTM, Factored, TensorTrain, TensorTrainEmbedding)
+ADAPTERS = (LowRank, Scaled, Bottleneck, Prompted, Prompt, Prefix)
+OURS = (Port, DynamicPort, PortedLinear, PortedLSTM, Factored, TensorTrain, TensorTrainEmbedding, *ADAPTERS)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,16 @@ def _arguments(kind: type[nn.Module], module: nn.Module) -> list[tuple[str, bool
         if named and name not in ("device", "dtype", "min_value", "max_value") and not name.startswith("_"):
             found.append((name, isinstance(parameter.default, bool)))
     return found
+
+
+def children_like(module: nn.Module, fresh: nn.Module | None) -> dict[str, nn.Module]:
+    """What stands for the children of `module` in a fresh model in which `fresh` stands for it: an adapter's base is
+    the layer itself there.
+    """
+    if isinstance(module, Adapted) and fresh is not None and not isinstance(fresh, Adapted):
+        return {BASE: fresh}
+    parts = {} if fresh is None else fresh._modules
+    return {name: child for name, child in parts.items() if child is not None and name != "parametrizations"}
 
 
 def _tuples(value: Any) -> Any:

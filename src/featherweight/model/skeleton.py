@@ -22,7 +22,7 @@ from ..core.files import recover_folder, tensor_digest, value_digest, whole_fold
 from ..core.soft import Link, copied
 from ..core.step import one_line
 from . import encoded as encoded  # its link must be known before one is loaded
-from .layers import Settings, believed, describe, known, make, rebuilders
+from .layers import Settings, believed, children_like, describe, known, make, rebuilders
 from .program import check_graphs
 
 PAGE, TENSORS = "skeleton.json", "tensors.safetensors"
@@ -290,7 +290,7 @@ def _build(page: Page, name: str, fresh: nn.Module | None, made: dict[str, nn.Mo
     made[name] = module
     _unchain(module, page, name)
     before = _children(module)
-    from_fresh = _children(fresh) if fresh is not None else {}
+    from_fresh = children_like(module, fresh)
     for child in before:
         del module._modules[child]
         if part.settings is None and child not in part.children:

@@ -130,10 +130,12 @@ def space_for(
 def _unusable(kind: type[Step], task: Task, target: Target, objective: str, epochs: float | None) -> str:
     if any(field.is_required() and name not in knobs(kind) for name, field in kind.model_fields.items()):
         return "it has a setting without a default that the search does not know how to choose"
+    if missing := kind.missing():
+        return f"it needs {', '.join(missing)}, which is not installed"
     if objective != "accuracy" and objective not in kind.gains:
         return f"it makes nothing better in {objective}"
-    if missing := target.refuses(kind.makes):
-        return f"the target {target.name} does not carry {', '.join(missing)}"
+    if refused := target.refuses(kind.makes):
+        return f"the target {target.name} does not carry {', '.join(refused)}"
     if kind.place is Place.SPARSIFY and not any(map(holds_zeros, target.carries)):
         return f"the target {target.name} stores zeros as plain numbers, so they make nothing smaller or faster"
     if kind.trains and not task.has("train"):

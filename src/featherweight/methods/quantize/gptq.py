@@ -12,6 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from featherweight.model.feedback import damped as damped
+from featherweight.model.feedback import factors as factors
+
 from .grids import Grid
 
 
@@ -19,29 +22,6 @@ def loss(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """`tr(E H E^T)`: the squared error of the layer's outputs, summed over its rows."""
     error = weight - rounded
     return float(((error @ hessian) * error).sum())
-
-
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """The Hessian with `damping` times its mean diagonal added to the diagonal."""
-    found = hessian.clone()
-    found.diagonal().add_(damping * float(hessian.diagonal().mean()))
-    return found
-
-
-def factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`H = U diag(d) U^T` with U unit upper triangular: U and d; None if H is not positive definite to rounding.
-
-    Rounding in order then needs neither inverse nor updates of the weights: the loss is the sum of `d[i]` times the
-    squared rounding error of column i, once `E U` above the diagonal was added to it (LDLQ, arXiv:2307.13304, which is
-    GPTQ, arXiv:2210.17323; Babai's nearest plane, arXiv:2507.18553).
-    """
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    upper = lower.flip(0, 1)
-    roots = upper.diagonal().clone()
-    largest = roots.max()
-    if int(failed) or not bool(torch.isfinite(roots).all()) or float(roots.min()) <= 1e-5 * float(largest):
-        return None
-    return upper.div_(roots), roots.square()
 
 
 def sorted_order(hessian: Tensor, steps: int = 0) -> Tensor:

@@ -12,6 +12,8 @@ from pydantic import Field
 from featherweight.core.errors import ArtifactError, MissingExtra
 from featherweight.core.target import PACKED, Session, Target, Work
 
+from .slots import OpenFile
+
 if TYPE_CHECKING:  # not at run time: a process that only runs an artifact is weighed, and torch is not part of it
     from torch import Tensor, nn
 
@@ -50,11 +52,16 @@ class OnnxRuntime(Target, name="onnxruntime"):
         free: dict[str, dict[int, str]],
         path: Path,
     ) -> None:
+        from featherweight.core.adapted import slots_of
+
         from .floats import float_graph, save
         from .lower import lower
+        from .slots import open_slots
 
-        model = float_graph(plain, example, free, self.opset, set(stored))
-        parameters = {name for name, _ in plain.named_parameters()}
+        slots = {name: shape for name, shape in slots_of(plain).items() if name not in stored}
+        model = float_graph(plain, example, free, self.opset, {*stored, *slots})
+        open_slots(model, slots)
+        parameters = {name for name, _ in plain.named_parameters()} - set(slots)
         lower(model, stored, parameters, self._signed(), self.products == "int8", self.opset)
         save(model, path, LARGEST_MESSAGE)
 
@@ -72,12 +79,13 @@ class OnnxRuntime(Target, name="onnxruntime"):
         except Exception as error:  # onnxruntime's errors share no base class
             reason = " ".join(str(error).split())[:200]
             raise ArtifactError(f"ONNX Runtime cannot load {path}: {reason}; export it again") from error
-        names = {value.name for value in session.get_inputs()}
+        return OpenFile(session)
 
-        def run(**inputs: np.ndarray) -> list[np.ndarray]:
-            return session.run(None, {name: array for name, array in inputs.items() if name in names})
+    def slots(self, path: Path) -> dict[str, list[int]]:
+        from .reading import read
+        from .slots import read_slots
 
-        return run
+        return read_slots(read(path))
 
     def stored(self, path: Path) -> dict[str, str]:
         from .reading import read, stored_forms

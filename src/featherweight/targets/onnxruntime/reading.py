@@ -234,7 +234,9 @@ def _results(file: Path, asked: set[str], example: dict[str, np.ndarray], fold: 
 
     model = read(file)
     given = {
-        value.name: example[value.name][:1] if _free(value) else example[value.name] for value in model.graph.input
+        value.name: example[value.name][:1] if _free(value) else example[value.name]
+        for value in model.graph.input
+        if value.name in example  # tensors of adapters have defaults
     }
     present = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(asked - present - set(given)))

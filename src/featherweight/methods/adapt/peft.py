@@ -1,0 +1,41 @@
+"""The layers of peft, put around those of a model while they are trained."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from featherweight.core.registry import need
+
+ADAPTER = "default"  # the name that peft gives to a first adapter
+
+
+def library() -> Any:
+    """The package peft; raises `MissingExtra` where it is not installed."""
+    return need("peft", "adapters")
+
+
+def pattern(names: Iterable[str]) -> str:
+    """The regular expression by which peft finds exactly these modules."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def put_around(model: nn.Module, config: Any) -> nn.Module:
+    """`model`, in place, with peft's layers around those that `config` names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of tied weights, which only matter where adapters are merged
+        return library().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+
+
+def taken_off(model: nn.Module, names: Iterable[str], turned: Callable[[Any], nn.Module]) -> dict[str, nn.Module]:
+    """Put what `turned` makes of each layer of peft in its place; gives these by name."""
+    made = {}
+    for name in names:
+        made[name] = turned(model.get_submodule(name))
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, made[name])
+    return made
