@@ -58,13 +58,75 @@ class Transformer(nn.Module):
         self.embed, self.place = nn.Linear(8, width), nn.Parameter(torch.zeros(1, 8, width))
         self.attend, self.norm = Attention(width, 4), nn.LayerNorm(width)
         self.wide, self.narrow, self.last = nn.Linear(width, 48), nn.Linear(48, width), nn.LayerNorm(width)
+        self.act = nn.GELU()
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x) + self.place
         x = self.norm(x + self.attend(x))
-        x = self.last(x + self.narrow(nn.functional.gelu(self.wide(x))))
+        x = self.last(x + self.narrow(self.act(self.wide(x))))
         return self.head(x.mean(1))
+
+
+class Chooser(nn.Module):
+    """A router as transformers has it: N x width to logits, and weights and indices of two experts."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = 2, experts
+        self.weight = nn.Parameter(torch.randn(experts, width) * 0.1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(x, self.weight)
+        values, indices = logits.softmax(-1).topk(self.top_k)
+        return logits, values / values.sum(-1, keepdim=True), indices
+
+
+class Stack(nn.Module):
+    """Gated feed-forwards in stacks of weights, each computed for every token: N x width to the same."""
+
+    def __init__(self, width: int, neurons: int, experts: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(experts, 2 * neurons, width) * 0.2)
+        self.down = nn.Parameter(torch.randn(experts, width, neurons) * 0.2)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        gate, up = torch.einsum("ehd,nd->enh", self.gate_up, x).chunk(2, -1)
+        made = torch.einsum("edh,enh->end", self.down, self.act_fn(gate) * up)
+        share = (indices[..., None] == torch.arange(len(made))).float() * weights[..., None]
+        return torch.einsum("ne,end->nd", share.sum(1), made)
+
+
+class Mixture(nn.Module):
+    """A router and its experts, laid out as in Mixtral: N x T x width to the same."""
+
+    def __init__(self, width: int, neurons: int, experts: int) -> None:
+        super().__init__()
+        self.gate, self.experts = Chooser(width, experts), Stack(width, neurons, experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        _, weights, indices = self.gate(tokens)
+        return self.experts(tokens, indices, weights).reshape(x.shape)
+
+
+class Mixed(nn.Module):
+    """A dense feed-forward and a mixture of eight experts over the eight rows of a picture: N x 8 x 8 to N x 10."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(8, width), nn.Parameter(torch.zeros(1, 8, width))
+        self.attend, self.norm = Attention(width, 4), nn.LayerNorm(width)
+        self.wide, self.act, self.narrow = nn.Linear(width, 48), nn.GELU(), nn.Linear(48, width)
+        self.between, self.mixture, self.last = nn.LayerNorm(width), Mixture(width, 16, 8), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.place
+        x = self.norm(x + self.attend(x))
+        x = self.between(x + self.narrow(self.act(self.wide(x))))
+        return self.head(self.last(x + self.mixture(x)).mean(1))
 
 
 class Residual(nn.Module):
@@ -116,7 +178,7 @@ def digits(rows: bool = False) -> dict[str, Arrays]:
 def trained(kind: Callable[[], nn.Module]) -> Task:
     """The task with a model of this kind, trained for some seconds at most."""
     torch.manual_seed(0)
-    splits = digits(rows=kind is Transformer)
+    splits = digits(rows=kind in (Transformer, Mixed))
     model = kind()
     start = Task(name=kind.__name__.lower(), model=model, batch_size=64, **splits)
     Context(start, device=torch.device("cpu")).fit(model, Training(epochs=16, lr=1e-2))
@@ -129,6 +191,10 @@ def conv_task() -> Task:
 
 def transformer_task() -> Task:
     return trained(Transformer)
+
+
+def experts_task() -> Task:
+    return trained(Mixed)
 
 
 def blocks_task(labels: bool = True) -> Task:

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from small_tasks import blocks_task, conv_task, transformer_task
+from small_tasks import blocks_task, conv_task, experts_task, transformer_task
 from torch import nn
 
 from featherweight.core import registry
@@ -16,9 +16,12 @@ from featherweight.core.task import Task
 
 registry.load("methods")
 KINDS = sorted(Step.kinds)
-TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task}
+TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task, "experts": experts_task}
 # what needs rows of blocks: tried there, and only there
 ROWS = frozenset({"distill.student", "prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
+# what needs experts: tried there, and only there
+MIXED = frozenset({"experts.route", "experts.prune", "experts.merge"})
+OWN = {"blocks": ROWS, "experts": MIXED}  # tasks for kinds that need them
 # a nonlinearity stands between all of its layers, or there is no convolution
 NOTHING_IN = frozenset(
     {
@@ -27,6 +30,11 @@ NOTHING_IN = frozenset(
         ("factor.tucker", "transformer"),
         ("factor.cp", "transformer"),
         ("substitute.separable", "transformer"),
+        ("experts.split", "conv"),
+        ("experts.split", "blocks"),
+        ("experts.copy", "conv"),
+        ("experts.copy", "blocks"),
+        *((kind, "experts") for kind in ("quantize.rotate", "factor.tucker", "factor.cp", "substitute.separable")),
     }
 )
 
@@ -40,6 +48,9 @@ SEPARATE = frozenset({"factor.cp", "substitute.separable"})
 MILD = {"sparse.rigl": {"sparsity": 0.4}, "sparse.set": {"sparsity": 0.4}}
 
 
+SPLITS = ("split", "copy")  # experts made of dense feed-forwards
+
+
 # in which of the small tasks a step leaves nothing for another behind it
 NOTHING_BEHIND = {
     # layers that got ranks of their own are not alike any more
@@ -47,12 +58,17 @@ NOTHING_BEHIND = {
     # the reshapes of tensor trains bind every channel
     ("factor.train", "prune.structured"): frozenset({"conv"}),
     ("factor.train", "sparse.structured_dropout"): frozenset(TASKS),
+    # no dense feed-forward is left
+    **{(f"experts.{one}", f"experts.{other}"): frozenset(TASKS) for one in SPLITS for other in SPLITS},
+    # nothing is left to open, and as many are chosen as before
+    ("experts.route", "experts.route"): frozenset(TASKS),
 }
 
 
 def works(kind: str, name: str) -> bool:
     """Whether a step of this kind is tried on the task called so."""
-    return (name == "blocks") == (kind in ROWS) and (kind, name) not in NOTHING_IN
+    alone = all((name == task) == (kind in kinds) for task, kinds in OWN.items())
+    return alone and (kind, name) not in NOTHING_IN
 
 
 CASES = [(kind, name) for name in TASKS for kind in KINDS if works(kind, name)]
@@ -96,7 +112,7 @@ def done(kind: str, name: str, seed: int = 0) -> tuple[nn.Module, StepRecord, Ta
 
 
 def _finds_work(kind: str, name: str) -> bool:
-    return (kind, name) not in NOTHING_IN and (kind not in ROWS or name == "blocks")
+    return (kind, name) not in NOTHING_IN and all(kind not in kinds or name == task for task, kinds in OWN.items())
 
 
 def _tasks(kinds: tuple[str, ...]) -> list[str]:

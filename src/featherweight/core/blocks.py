@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .data import tensors_in
 from .outputs import first
+from .whole import observed_whole
 
 PLAIN = (int, float, str, bytes, type(None), torch.device, torch.dtype, torch.Size)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,13 +51,17 @@ class Block:
 
 @torch.no_grad()
 def observed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Mapping[str, Hook]) -> Any:
-    """The output of `module`, with hooks on its submodules; None if one of them raised `Enough`."""
+    """The output of `module`, with hooks on its submodules; None if one of them raised `Enough`.
+
+    Parts that get only some of the inputs, such as experts, get all of them meanwhile.
+    """
     handles = [
         module.get_submodule(name).register_forward_hook(lambda _m, given, out, call=call: call(given, out))
         for name, call in hooks.items()
     ]
     try:
-        return module(*args, **kwargs)
+        with observed_whole(module):
+            return module(*args, **kwargs)
     except Enough:
         return None
     finally:

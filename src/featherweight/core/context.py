@@ -28,6 +28,7 @@ from .record import StepRecord as StepRecord
 from .soft import chains
 from .step import Step
 from .task import Split, Task
+from .whole import observed_whole
 
 
 class Stopwatch(Protocol):
@@ -82,7 +83,10 @@ class Context:
     def observe(
         self, model: nn.Module, hooks: dict[str, Callable[[tuple[Any, ...], Any], None]], split: Split = "calibrate"
     ) -> None:
-        """Run `model` over a split; each hook gets the inputs and the output of its module, batch by batch."""
+        """Run `model` over a split; each hook gets the inputs and the output of its module, batch by batch.
+
+        Parts that get only some of the inputs, such as experts, get all of them meanwhile: see `observed_whole`.
+        """
         modules = dict(model.named_modules())
         handles = [
             modules[name].register_forward_hook(lambda _m, given, out, call=call: call(given, out))
@@ -92,7 +96,8 @@ class Context:
         model.to(self.device).eval()
         try:
             for batch in self.progress.track(self.batches(split), f"observing {split}"):
-                output = first(self.task.call(model, batch))
+                with observed_whole(model):
+                    output = first(self.task.call(model, batch))
                 if not torch.isfinite(output).all():
                     raise NotFinite(f"the model gives NaN or infinite outputs on the split {split!r}")
         finally:

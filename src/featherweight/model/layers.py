@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from ..core.adapted import BASE, Adapted
 from ..core.errors import ArtifactError
 from .adapters import Bottleneck, LowRank, Scaled
+from .experts import Experts, FeedForward, MixtureOfExperts, Router
 from .factored import Factored, TensorTrain, TensorTrainEmbedding
 from .graph import CAPTURED
 from .port import DynamicPort, Port
@@ -35,6 +36,7 @@ HOLD_VALUES = (nn.ParameterList, nn.ParameterDict)  # their constructors take te
 REPEATED = ("num_layers", "num_encoder_layers", "num_decoder_layers")  # each makes tensors
 ADAPTERS = (LowRank, Scaled, Bottleneck, Prompted, Prompt, Prefix)
 OURS = (Port, DynamicPort, PortedLinear, PortedLSTM, Factored, TensorTrain, TensorTrainEmbedding, *ADAPTERS)
+MIXTURES = (Experts, FeedForward, MixtureOfExperts, Router)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def known() -> dict[str, type[nn.Module]]:
                 found[name] = kind
     for kind in HOLD_VALUES:
         del found[kind.__name__]
-    return found | {kind.__name__: kind for kind in OURS}
+    return found | {kind.__name__: kind for kind in (*OURS, *MIXTURES)}
 
 
 def constructor_values(module: nn.Module, kind: type[nn.Module]) -> Settings | None:

@@ -68,8 +68,7 @@ def rows_of(layer: nn.Module, given: Tensor, real: Tensor | None = None) -> Iter
     A convolution's are the patches of its input, one part for each of its groups. `real` [batch, length] drops padding.
     """
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        padded = real is not None and given.dim() == 3 and given.shape[:2] == real.shape
-        yield from (given[real] if padded else given).reshape(1, -1, given.shape[-1]).split(ROWS, 1)
+        yield from _without_padding(given, real).reshape(1, -1, given.shape[-1]).split(ROWS, 1)
         return
     batch = given if given.dim() == layer.weight.dim() else given[None]
     for part in batch.split(max(1, ROWS // batch[0, 0].numel())):
@@ -92,8 +91,16 @@ def outputs_of(layer: nn.Module, made: Tensor, real: Tensor | None = None) -> Te
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         batch = made if made.dim() == layer.weight.dim() else made[None]
         return batch.movedim(1, -1).flatten(0, -2)
-    padded = real is not None and made.dim() == 3 and made.shape[:2] == real.shape
-    return (made[real] if padded else made).reshape(-1, made.shape[-1])
+    return _without_padding(made, real).reshape(-1, made.shape[-1])
+
+
+def _without_padding(values: Tensor, real: Tensor | None) -> Tensor:
+    """The rows of [batch, length, width], or of all positions in one row as experts get them, that are no padding."""
+    if real is not None and values.dim() == 3 and values.shape[:2] == real.shape:
+        return values[real]
+    if real is not None and values.dim() == 2 and len(values) == real.numel():
+        return values[real.flatten()]
+    return values
 
 
 @dataclass
@@ -288,6 +295,29 @@ def observe(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Momen
         hooks = {f"model.{name}": hook(name, real_positions(batch)) for name in names}
         observed(_Call(model, ctx), (batch,), {}, hooks)
     return found
+
+
+@torch.no_grad()
+def sampled(model: nn.Module, names: list[str], ctx: Context, most: int) -> dict[str, Tensor]:
+    """Up to `most` of the inputs [rows, columns] of each of these modules over the calibration data, float32, spread
+    evenly over the batches; padding does not count.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    batches = max(1, sum(1 for _ in ctx.batches("calibrate")))
+
+    def hook(name: str, real: Tensor | None) -> Callable[[tuple[Any, ...], Any], None]:
+        def note(given: tuple[Any, ...], _output: Any) -> None:
+            if not given:
+                raise TaskError(_by_keyword(name))
+            rows = _without_padding(given[0], real).reshape(-1, given[0].shape[-1])
+            found[name].append(rows[:: max(1, len(rows) * batches // most)].float().clone())
+
+        return note
+
+    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
+        hooks = {f"model.{name}": hook(name, real_positions(batch)) for name in names}
+        observed(_Call(model, ctx), (batch,), {}, hooks)
+    return {name: torch.cat(rows)[:most] for name, rows in found.items() if rows}
 
 
 class _Call(nn.Module):

@@ -50,6 +50,8 @@ def dynamic_quantize(x: Tensor) -> Tensor:
 
     The same arithmetic as ONNX's DynamicQuantizeLinear followed by DequantizeLinear.
     """
+    if not x.numel():  # such as of an expert that no token is sent to
+        return x.clone()
     low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
     scale = ((high - low) / 255).clamp_min(1e-12)
     zero = torch.clamp(torch.round(-low / scale), 0, 255)
@@ -71,6 +73,8 @@ def dynamic_quantize_tokens(x: Tensor) -> Tensor:
 
     Symmetric: kernels take a scale per row, but only one zero point for all (arXiv:2206.01861, section 3.2).
     """
+    if not x.numel():
+        return x.clone()
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
     return torch.round(x / scale) * scale
 

@@ -201,7 +201,8 @@ def read(path: Path) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
     """
     import torch
 
-    import featherweight.model.port  # noqa: F401  registers the operators that quantize activations
+    import featherweight.model.dispatch
+    import featherweight.model.port  # noqa: F401  register the operators that deal tokens out and quantize activations
 
     try:
         _refuse_pickles(path)

@@ -30,6 +30,8 @@ class Histogram:
     def add(self, values: Tensor) -> None:
         """Count every entry of `values`; raises ValueError if one is not finite."""
         values = values.detach().reshape(-1)
+        if not values.numel():  # what an expert gets that no token is sent to
+            return
         low, high = (float(item) for item in torch.aminmax(values))
         if not (abs(low) < torch.inf and abs(high) < torch.inf):
             raise ValueError("not finite")
@@ -42,6 +44,11 @@ class Histogram:
         end = self.start + self.width * BINS
         inside = values.float().clamp(self.start, end)  # the end may have been rounded below the highest value
         self.counts += torch.histc(inside, BINS, self.start, end).cpu().double()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was counted."""
+        return self.low > self.high
 
     def _cover(self) -> None:
         """Make the bins reach from `low` to `high`; what was counted moves to the bin that now holds its middle."""

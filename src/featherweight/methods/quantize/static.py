@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
@@ -23,7 +23,7 @@ from .correct import correct_biases, round_bias
 from .equalize import equalize
 from .observe import insert_ports, keep_links, observe, round_weight
 from .placement import Placement, place, stored_weights, weight_name
-from .ranges import Calibration
+from .ranges import Calibration, Histogram
 from .reconstruct import reconstruct
 from .segments import Segment, by_block, by_layer, with_ports
 from .smooth import smooth
@@ -102,6 +102,8 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
         placement = place(module.graph, wanted)
         bits = self._bits(placement)
         histograms = observe(module, placement.sources, ctx)
+        placement = self._reached(module, wanted, placement, histograms, ctx)
+        histograms = {node: histograms[node] for node in placement.sources}
         insert_ports(module, placement, histograms, self._port_bits(placement, bits), self)
         self._round(module, placement, bits, notes, ctx)
         for name in placement.layers:
@@ -112,6 +114,29 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
             round_weight(module, name, 0, width, self.weights)
             ctx.change(name.rpartition(".")[0], f"int{width} rows, computed with as floats")
         return module
+
+    def _reached(
+        self,
+        module: fx.GraphModule,
+        wanted: set[str],
+        placement: Placement,
+        histograms: Mapping[fx.Node, Histogram],
+        ctx: Context,
+    ) -> Placement:
+        """The placement without layers that calibration never reached, such as those of an expert that no token is sent
+        to: without a range they stay in floats, by name.
+        """
+        unseen = [
+            name
+            for name, node in placement.layers.items()
+            if histograms[placement.shared.get(node.args[0], node.args[0])].empty  # type: ignore[arg-type]
+        ]
+        for name in unseen:
+            ctx.leave(name.rpartition(".")[0], "no calibration data reach it, so that its ranges are not known")
+        if unseen:
+            ctx.warn(f"{self.kind}: {len(unseen)} layers that no calibration data reach stay in floats")
+        wanted -= set(unseen)
+        return place(module.graph, wanted) if unseen else placement
 
     def _rescale(self, module: fx.GraphModule, wanted: set[str], notes: dict[str, list[str]], ctx: Context) -> None:
         """Equalize and smooth, where asked for; what layers this changed goes to `notes`."""

@@ -15,6 +15,7 @@ from featherweight.core.context import Context
 from featherweight.core.errors import NotFinite, RecipeError
 from featherweight.core.soft import copied
 from featherweight.core.step import OneOf, Place, Trait
+from featherweight.model.coverage import tell
 from featherweight.model.matrices import Matrix, chosen_matrices
 from featherweight.model.moments import Moments, Stage, corrected, gather, observe, stages
 from featherweight.model.select import LayerStep
@@ -125,6 +126,7 @@ class WeightQuantization(LayerStep, kind="quantize.weights"):
                 ctx.warn(f"{self.kind}: layer_bits: no chosen layer matches {glob!r}")
         waiting = dict(matrices)
         if self.method in ("gptq", "awq") and matrices:
+            tell(model, ctx)
             for block in ctx.blocks(model):
                 self.quantize_block(block, waiting, ctx)
             self._rest(model, waiting, ctx)

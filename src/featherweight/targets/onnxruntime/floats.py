@@ -51,6 +51,9 @@ def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset:
             raise ArtifactError(f"the model cannot be written as ONNX: {_reason(error)}") from error
         assert exported is not None
         made = exported.model
+        for node in made.graph:
+            if node.op_type == "Split" and len(node.inputs) > 1:  # the recorder wants the number, ONNX forbids it
+                node.attributes.pop("num_outputs", None)
         with _hidden(made.graph, keep):
             simplify(made, lambda node: _may_fold(node, parameters))
     return made
@@ -104,7 +107,8 @@ def _translations() -> dict[Any, Any]:
     import torch
     from onnxscript import ir, opset18
 
-    import featherweight.model.port  # noqa: F401  registers the operator
+    import featherweight.model.dispatch
+    import featherweight.model.port  # noqa: F401  both register operators
 
     op: Any = opset18
 
@@ -129,7 +133,11 @@ def _translations() -> dict[Any, Any]:
             found.append(op.MatMul(rows, op.Squeeze(op.Gather(weight, place), op.Constant(value_ints=[0]))))
         return op.Concat(*found, axis=0)
 
+    def split_rows(given: Any, counts: Any) -> Any:
+        return op.Split(given, counts, axis=0, num_outputs=int(counts.shape[0]))  # the number is dropped below
+
     table: dict[Any, Any] = {
+        torch.ops.featherweight.split_rows.default: split_rows,
         torch.ops.featherweight.dynamic_quantize.default: dynamic_quantize,
         torch.ops.featherweight.dynamic_quantize_tokens.default: dynamic_quantize_tokens,
     }

@@ -1,0 +1,258 @@
+"""Steps on experts: what they do to a model, in the runtime too, and what they refuse."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_tasks import Mixed, experts_task, one_thread, transformer_task  # noqa: F401
+from torch import nn
+
+from featherweight.core.context import Context, run_recipe, run_step
+from featherweight.core.errors import NoEffect, RecipeError, TaskError
+from featherweight.core.fit import Training
+from featherweight.core.outputs import relative_difference
+from featherweight.core.recipe import Recipe
+from featherweight.core.step import step
+from featherweight.core.target import target
+from featherweight.model.coverage import coverage
+from featherweight.model.experts import Experts, MixtureOfExperts, Router, experts_of, feed_forward, mixture
+from featherweight.model.skeleton import load, save
+
+CPU = torch.device("cpu")
+
+
+def applied(task, kind, **settings):
+    return run_step(step(kind, **settings), task.fresh(), Context(task, device=CPU))
+
+
+def outputs(task, model):
+    with torch.no_grad():
+        return model(task.test.tensors[0][:64])
+
+
+# -- the layer in the runtime ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("capacity", [None, 0.75])
+def test_the_runtime_computes_the_chosen_experts_and_no_other(tmp_path, capacity):
+    width, neurons, experts, tokens = 24, 40, 6, 10
+    macs = []
+    for top_k in (1, 2, 4):
+        members = [
+            feed_forward(nn.Linear(width, neurons), nn.SiLU(), nn.Linear(neurons, width)) for _ in range(experts)
+        ]
+        layer = mixture(Router(width, experts, top_k), experts_of(members, capacity)).eval()
+        free = {"x": {0: "batch", 1: "sequence"}}
+        made = target("onnxruntime").export(layer, {"x": torch.randn(2, tokens, width)}, tmp_path / str(top_k), free)
+        routing = tokens * width * experts
+        each = 2 * width * neurons
+        if capacity is None:
+            assert made.manifest.work.macs == routing + tokens * top_k * each
+        else:
+            assert made.manifest.work.macs <= routing + experts * -(-tokens * top_k * 3 // (4 * experts)) * each
+        macs.append(made.manifest.work.macs)
+        runner = made.open()
+        for shape in ((1, 1), (3, 17)):
+            x = torch.randn(*shape, width)
+            with torch.no_grad():
+                np.testing.assert_allclose(runner(x), layer(x).numpy(), atol=1e-5)
+    assert macs == sorted(macs) and macs[0] < macs[1] < macs[2]
+
+
+# -- dense feed-forwards -----------------------------------------------------------------------------------------------
+def test_a_split_computes_its_share_and_more_of_it_is_nearer():
+    task = transformer_task()
+    wanted, missed = outputs(task, task.original), []
+    for keep in (0.25, 0.5, 0.75):
+        model, record = applied(task, "experts.split", keep=keep, experts=8)
+        found = next(module for module in model.modules() if isinstance(module, MixtureOfExperts))
+        assert found.router.top_k == 8 * keep and len(found.experts.members) == 8
+        assert {member.up.out_features for member in found.experts.members} == {6}
+        assert "narrow.experts (coverage)" in record.changed
+        missed.append(relative_difference(wanted, outputs(task, model)))
+    assert missed[0] > missed[1] > missed[2] > 0
+
+
+def test_with_all_experts_a_split_model_is_the_one_before():
+    task = transformer_task()
+    model, _ = applied(task, "experts.split", experts=6, shared=1)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.top_k = module.experts
+    assert relative_difference(outputs(task, task.original), outputs(task, model)) < 1e-5
+
+
+def test_a_gated_feed_forward_is_found_by_what_it_computes():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 8)
+
+        def forward(self, x):
+            return self.c(self.a(x) * nn.functional.silu(self.b(x)))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.head = Gated(), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.head((x + self.block(x)).mean(1))
+
+    task = replace(transformer_task(), model=Net().eval())
+    model, record = applied(task, "experts.split", experts=4, keep=0.5)
+    member = model.block.experts.members[0]
+    assert member.gate is not None and {"block.a", "block.b", "block.c"} <= set(record.changed)
+    assert [left.layer for left in record.left] == ["head"]
+
+
+def test_copies_give_what_the_original_gave_and_learn_to_differ():
+    task = transformer_task()
+    model, _ = applied(task, "experts.copy")
+    assert relative_difference(outputs(task, task.original), outputs(task, model)) < 1e-5
+    trained, _ = applied(task, "experts.copy", retrain=Training(epochs=1, lr=1e-2))
+    members = next(module for module in trained.modules() if isinstance(module, Experts)).members
+    assert not torch.equal(members[0].up.weight, members[1].up.weight)
+
+
+def test_what_is_no_feed_forward_is_left_with_the_reason():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 10)
+
+        def forward(self, x):
+            return self.down(nn.functional.gelu(self.up(x)).mean(1))
+
+    task = replace(transformer_task(), model=Functional().eval())
+    with pytest.raises(NoEffect, match=r"experts.split changed nothing: down: is in no feed-forward"):
+        applied(task, "experts.split")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "experts.split",
+            {"experts": 7},
+            r"experts=7 divides no feed-forward \(neurons: 48\); choose a divisor of 48: 2",
+        ),
+        ("experts.split", {"experts": 2, "keep": 0.9}, "computes all that are not shared; give more experts"),
+        ("experts.copy", {"top_k": 5}, "top_k=5 is more than experts=4; choose at most that"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_in_a_line(kind, settings, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        applied(transformer_task(), kind, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_of_no_layer_is_told():
+    with pytest.raises(NoEffect, match=r"experts.split changed nothing"):
+        applied(transformer_task(), "experts.split", only="nothing.*")
+    _, record = applied(transformer_task(), "experts.split", skip=["nothing"])
+    assert record.warnings == ["experts.split: no layer matches 'nothing'"]
+
+
+# -- experts that are there --------------------------------------------------------------------------------------------
+def test_stacks_are_opened_with_equal_outputs_saved_and_loaded(tmp_path):
+    task = experts_task()
+    model, record = applied(task, "experts.route")
+    assert relative_difference(outputs(task, task.original), outputs(task, model)) < 1e-5
+    assert record.changed["mixture.experts"] == "8 experts in layers of their own"
+    assert isinstance(model.mixture.gate, Router)
+    save(model, tmp_path / "model")
+    assert torch.equal(outputs(task, load(tmp_path / "model", like=task.original)), outputs(task, model))
+
+
+def test_fewer_experts_a_token_are_less_work(tmp_path):
+    task, macs = experts_task(), []
+    for top_k in (1, 2, 4):
+        model, _ = applied(task, "experts.route", top_k=top_k)
+        macs.append(target("onnxruntime").export(model, task.example, tmp_path / str(top_k)).manifest.work.macs)
+    each = 3 * 32 * 16 * 8  # of one expert for the eight rows
+    assert macs[1] - macs[0] == each and macs[2] - macs[1] == 2 * each
+
+
+@pytest.mark.parametrize("score", ["contribution", "usage"])
+def test_pruning_drops_the_experts_that_matter_least(score):
+    task = experts_task()
+    used = coverage(task.original, task)["mixture.experts"].choices
+    model, record = applied(task, "experts.prune", keep=0.5, score=score)
+    assert len(model.mixture.experts.members) == model.mixture.gate.experts == len(model.mixture.gate.weight) == 4
+    if score == "usage":
+        kept = used.argsort(descending=True, stable=True)[:4].sort().values.tolist()
+        assert f"({', '.join(map(str, kept))})" in record.changed["mixture.experts"]
+    with pytest.raises(RecipeError, match=r"mixture.experts: a token computes 2 experts, and 1 would stay; raise keep"):
+        applied(task, "experts.prune", keep=0.1, score=score)
+
+
+def test_merging_keeps_the_router_and_pruning_works_behind_it():
+    task = experts_task()
+    merged, record = applied(task, "experts.merge", keep=0.5)
+    assert len(merged.mixture.experts.members) == 4 and len(merged.mixture.gate.weight) == 8
+    assert (
+        len(set(merged.mixture.experts.table)) == 4 and "8 experts merged into 4" in record.changed["mixture.experts"]
+    )
+    pruned, _ = run_step(step("experts.prune", keep=0.75), merged, Context(task, device=CPU))
+    assert len(pruned.mixture.experts.members) == 3 == len(set(pruned.mixture.experts.table))
+    assert len(pruned.mixture.experts.table) == len(pruned.mixture.gate.weight) <= 8
+
+
+def test_more_experts_a_token_than_there_are_is_refused():
+    with pytest.raises(RecipeError, match=r"top_k=9, but mixture.experts has 8 experts; choose at most that"):
+        applied(experts_task(), "experts.route", top_k=9)
+
+
+# -- who is routed where -----------------------------------------------------------------------------------------------
+def test_the_coverage_counts_every_choice_and_what_is_dropped():
+    task = experts_task()
+    found = coverage(task.original, task)["mixture.experts"]
+    assert (
+        found.tokens == 64 * 8
+        and int(found.choices.sum()) == 2 * found.tokens
+        and sum(found.shares) == pytest.approx(1)
+    )
+    model, _ = applied(task, "experts.route", capacity=0.5)
+    dropped = coverage(model, task)["mixture.experts"]
+    assert int(dropped.dropped.sum()) >= found.tokens and "dropped" in str(dropped)
+    with pytest.raises(TaskError, match="no layer of experts"):
+        coverage(transformer_task().original, transformer_task())
+
+
+def collapsed():
+    """The task with a router that sends every token to the same two experts."""
+    task = experts_task()
+    model = task.fresh()
+    with torch.no_grad():
+        model.mixture.gate.weight.zero_()
+    return replace(task, model=model)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_expert_is_calibrated_also_those_that_no_token_is_sent_to(method):
+    task = collapsed()
+    recipe = Recipe([step("experts.route"), step("quantize.weights", method=method)])
+    _, records = run_recipe(recipe, Context(task, device=CPU))
+    told = [text for text in records[1].warnings if text.startswith("mixture.experts: no calibration token is sent to")]
+    assert len(told) == 1 and "calibrated on all tokens" in told[0]
+    assert not any("rounded to nearest" in text for text in records[1].warnings)
+    experts = [how for name, how in records[1].changed.items() if name.startswith("mixture.experts.")]
+    assert len(experts) == 24 and all(how.endswith(method) for how in experts)
+
+
+def test_static_quantization_names_the_experts_it_has_no_ranges_for(tmp_path):
+    task = collapsed()
+    recipe = Recipe([step("experts.route"), step("quantize.static")])
+    model, records = run_recipe(recipe, Context(task, device=CPU))
+    left = {each.layer for each in records[1].left if each.reason.startswith("no calibration data reach it")}
+    assert len(left) == 18 and all(name.startswith("mixture.experts.") for name in left)
+    target("onnxruntime").export(model, task.example, tmp_path / "made")
+
+
+def test_split_pruned_and_quantized_in_one_recipe(tmp_path):
+    task = transformer_task()
+    steps = [step("experts.split", experts=6), step("prune.weights", sparsity=0.3), step("quantize.dynamic")]
+    model, _ = run_recipe(Recipe(steps), Context(task, device=CPU))
+    for name in ("onnxruntime", "torch"):
+        made = target(name).export(model, task.example, tmp_path / name)
+        assert made.manifest.agreement.relative < 0.05 and made.manifest.stored["narrow.experts.0.up.weight"] == "int8"
