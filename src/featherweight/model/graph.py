@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils import parametrize
 
 from featherweight.core.errors import TaskError
 from featherweight.core.outputs import difference
+from featherweight.core.soft import Link
 
 CAPTURED = "CapturedModel"
 Free = dict[str, dict[int, str]]
@@ -59,6 +62,14 @@ def plain_graph(module: fx.GraphModule) -> fx.GraphModule:
     graph.eliminate_dead_code()
     made = fx.GraphModule(module, graph, class_name=CAPTURED)
     return made.eval()
+
+
+def keep_links(module: fx.GraphModule, links: Mapping[str, list[Link]]) -> None:
+    """Put masks and the like back on the captured weights, so that they still hold when the model is trained."""
+    for name, chain in links.items():
+        prefix, _, last = name.rpartition(".")
+        for link in chain:
+            parametrize.register_parametrization(module.get_submodule(prefix), last, copy.deepcopy(link))
 
 
 def _export(model: nn.Module, example: dict[str, Tensor], free: Free) -> ExportedProgram:

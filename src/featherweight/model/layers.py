@@ -22,6 +22,7 @@ from .adapters import Bottleneck, LowRank, Scaled
 from .experts import Experts, FeedForward, MixtureOfExperts, Router
 from .factored import Factored, TensorTrain, TensorTrainEmbedding
 from .graph import CAPTURED
+from .grouped import GroupedHeads
 from .port import DynamicPort, Port
 from .ported import PortedLinear, PortedLSTM
 from .program import load_graph, read_captured
@@ -35,7 +36,17 @@ CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOLD_VALUES = (nn.ParameterList, nn.ParameterDict)  # their constructors take tensors
 REPEATED = ("num_layers", "num_encoder_layers", "num_decoder_layers")  # each makes tensors
 ADAPTERS = (LowRank, Scaled, Bottleneck, Prompted, Prompt, Prefix)
-OURS = (Port, DynamicPort, PortedLinear, PortedLSTM, Factored, TensorTrain, TensorTrainEmbedding, *ADAPTERS)
+OURS = (
+    Port,
+    DynamicPort,
+    PortedLinear,
+    PortedLSTM,
+    Factored,
+    TensorTrain,
+    TensorTrainEmbedding,
+    GroupedHeads,
+    *ADAPTERS,
+)
 MIXTURES = (Experts, FeedForward, MixtureOfExperts, Router)
 
 

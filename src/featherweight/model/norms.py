@@ -45,7 +45,7 @@ def fold_norms(module: fx.GraphModule, keep: frozenset[str] = frozenset()) -> li
     """
     done = []
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target is aten.batch_norm.default and _can_fold(node, keep):
+        if node.op == "call_function" and node.target is aten.batch_norm.default and can_fold(node, keep):
             done.append(_fold(module, node))
     if done:
         module.graph.eliminate_dead_code()
@@ -72,7 +72,10 @@ def without_norms(
     return (module, [], reason) if reason else (made, layers, "")
 
 
-def _can_fold(norm: fx.Node, keep: frozenset[str]) -> bool:
+def can_fold(norm: fx.Node, keep: frozenset[str]) -> bool:
+    """Whether the layer before a batch norm of a captured graph can take it in: it feeds nothing else, and its weight
+    is not named in `keep`.
+    """
     layer, training = norm.args[0], norm.args[5]
     if training or not isinstance(layer, fx.Node) or layer.target not in FOLDABLE or len(layer.users) != 1:
         return False

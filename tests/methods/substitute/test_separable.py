@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tasks import conv_task, one_thread  # noqa: F401
+from small_tasks import blocks_task, conv_task, one_thread  # noqa: F401
 
 from featherweight.core.context import Context, fingerprint, run_step
 from featherweight.core.errors import NoEffect, TaskError
@@ -15,7 +15,9 @@ from featherweight.core.outputs import as_arrays
 from featherweight.core.step import step
 from featherweight.core.target import target
 from featherweight.methods.substitute.separable import fitted, output_error, product, separated
+from featherweight.model.cost import forward_macs
 from featherweight.model.factored import Factored
+from featherweight.model.imitation import block_errors, enclosing
 from featherweight.model.skeleton import load, save
 
 SEEDS = st.integers(0, 2**16)
@@ -133,3 +135,74 @@ def test_only_what_is_faster_on_the_target_is_replaced():
         run_step(item, task.fresh(), Context(task, device=CPU, stopwatch=Clock(1.0, 1.1, 1.1)))
     _, record = run_step(item, task.fresh(), Context(task, device=CPU, stopwatch=Clock(1.0, 0.8, 1.1)))
     assert set(record.changed) == {"conv"}
+
+
+def test_within_a_budget_the_error_is_the_least_that_any_choice_has():
+    task = conv_task()
+    whole = forward_macs(task.original, task.example)
+    losses = {}
+    for one, other in itertools.product((0, 1, 2), repeat=2):
+        chosen = {"stem": one, "conv": other}
+        model, total = task.fresh(), 0.0
+        for name, multiplier in chosen.items():
+            if multiplier:
+                model, record = run_step(
+                    step("substitute.separable", only=name, multiplier=multiplier), model, Context(task, device=CPU)
+                )
+                total += float(record.changed[name].split(", ")[-1].split("%")[0]) / 100
+        losses[one, other] = (forward_macs(model, task.example) / whole, total)
+    keep = 0.45
+    best = min(loss for share, loss in losses.values() if share <= keep)
+    model, record = made(keep=keep, multiplier=2)
+    found = sum(float(how.split(", ")[-1].split("%")[0]) / 100 for how in record.changed.values())
+    assert forward_macs(model, task.example) <= keep * whole
+    assert found <= best + 0.02  # the first layer, replaced or not, changes what the second one sees
+    with pytest.raises(TaskError, match=r"keep=0\.01 of the multiply-accumulates cannot be reached: at least 0\."):
+        made(keep=0.01)
+
+
+def test_a_batch_norm_between_the_two_changes_nothing():
+    task = conv_task()
+    plain, _ = made(recalibrate=False)
+    normal, _ = made(recalibrate=False, normalize=True)
+    norm = normal.conv[1]
+    assert isinstance(norm, torch.nn.BatchNorm2d) and not norm.running_mean.any() and norm.weight.eq(1).all()
+    images = task.calibrate.tensors[0]
+    seen = []
+    with torch.no_grad():
+        assert torch.allclose(plain(images), normal(images), atol=1e-4)
+        norm.register_forward_hook(lambda _m, given, out: seen.append(out))
+        normal(images)
+    spread = torch.cat([each.movedim(1, 0).flatten(1) for each in seen], 1).square().mean(1)
+    assert spread.sub(1).abs().max() < 0.5 and spread.mean() == pytest.approx(1, abs=0.2)
+
+
+def test_layers_that_save_too_little_or_miss_too_much_stay():
+    with pytest.raises(NoEffect, match="a gain below"):
+        made(min_gain=0.9)
+    _, record = made()
+    missed = {name: float(how.split(", ")[-1].split("%")[0]) / 100 for name, how in record.changed.items()}
+    worst = max(missed, key=missed.__getitem__)
+    _, record = made(max_error=(missed["stem"] + missed["conv"]) / 2)
+    assert set(record.changed) == {"stem", "conv"} - {worst}
+    assert any("of the energy of its outputs would be missed" in each.reason for each in record.left)
+
+
+def test_blocks_are_taught_each_for_itself_and_bad_ones_are_put_back():
+    task = blocks_task()
+    ctx = Context(task, device=CPU)
+    base = {"only": "rows.*,turned.*"}
+    plain, _ = run_step(step("substitute.separable", **base), task.fresh(), ctx)
+    imitate = {"epochs": 8, "lr": 3e-3}
+    taught, record = run_step(step("substitute.separable", imitate=imitate, **base), task.fresh(), ctx)
+    names = [f"rows.{place}" for place in range(4)] + ["turned.0"]
+    assert set(enclosing(task.original, record.changed).values()) == set(names)
+    before, after = (block_errors(each, task.original, names, ctx) for each in (plain, taught))
+    assert all(after[name] < before[name] for name in names)
+    limit = sorted(after.values())[2]
+    item = step("substitute.separable", imitate=imitate, max_error=limit, **base)
+    some, record = run_step(item, task.fresh(), ctx)
+    kept = {name for name in names if isinstance(some.get_submodule(name).a, Factored)}
+    assert kept == {name for name in names if after[name] <= limit}
+    put_back = {each.layer.rpartition(".")[0] for each in record.left if each.reason.startswith("put back")}
+    assert put_back == set(names) - kept and item.training

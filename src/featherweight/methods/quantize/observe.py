@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,7 +11,6 @@ from torch.nn.utils import parametrize
 
 from ...core.context import Context
 from ...core.errors import NotFinite, TaskError
-from ...core.soft import Link
 from ...model.norms import attribute
 from ...model.port import Port
 from ...model.rounding import Rounding
@@ -30,14 +28,6 @@ class Ranges(Protocol):
     def percentile(self) -> float: ...
     @property
     def symmetric(self) -> bool: ...
-
-
-def keep_links(module: fx.GraphModule, links: Mapping[str, list[Link]]) -> None:
-    """Put masks and the like back on the captured weights, so that they still hold when the model is trained."""
-    for name, chain in links.items():
-        prefix, _, last = name.rpartition(".")
-        for link in chain:
-            parametrize.register_parametrization(module.get_submodule(prefix), last, copy.deepcopy(link))
 
 
 class _Collector(fx.Interpreter):

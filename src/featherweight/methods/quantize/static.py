@@ -14,14 +14,14 @@ from featherweight.core.context import Context
 from featherweight.core.encoding import Sparse
 from featherweight.core.soft import chains, encodings, fold
 from featherweight.core.step import OneOf, Place, Trait
-from featherweight.model.graph import captured
+from featherweight.model.graph import captured, keep_links
 from featherweight.model.norms import TRANSPOSED, attribute, without_norms
 from featherweight.model.rounding import Rounding
 from featherweight.model.select import LayerStep, excluded, patterns
 
 from .correct import correct_biases, round_bias
 from .equalize import equalize
-from .observe import insert_ports, keep_links, observe, round_weight
+from .observe import insert_ports, observe, round_weight
 from .placement import Placement, place, stored_weights, weight_name
 from .ranges import Calibration, Histogram
 from .reconstruct import reconstruct
