@@ -81,45 +81,46 @@ class Site:
 
 
 def module_sites(model: nn.Module, example: Mapping[str, Tensor]) -> list[Site]:
-    """The modules of `model` that are activations: those of torch.nn by type, others without tensors by what they give
-    for the inputs that they get on `example`. One that is used under several names is one site.
+    """The modules of `model` that are activations and run on `example`: those of torch.nn by type, others without
+    tensors by what they give for the inputs that they get. One that is used under several names is one site.
     """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and not list(module.children()) and not module.state_dict():
             names.setdefault(module, []).append(name)
-    unknown = {own[0] for module, own in names.items() if type(module) not in TYPES}
-    tried = _tried(model, unknown, example)
-    found = []
-    for module, own in names.items():
-        kind = _kind(module) or tried.get(own[0])
-        if kind is not None:
-            found.append(Site(own[0], kind, partial(_put_module, model, own, module)))
-    return found
-
-
-def _kind(module: nn.Module) -> str | None:
-    kind = TYPES.get(type(module))
-    return "gelu_tanh" if kind == "gelu" and module.approximate == "tanh" else kind
+    kinds = _kinds(model, {own[0] for own in names.values()}, example)
+    return [
+        Site(own[0], kinds[own[0]], partial(_put_module, model, own, module))
+        for module, own in names.items()
+        if own[0] in kinds
+    ]
 
 
 @torch.no_grad()
-def _tried(model: nn.Module, names: set[str], example: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which of these modules compute a known function of their input, entry by entry, as far as the example shows."""
+def _kinds(model: nn.Module, names: set[str], example: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which of these modules apply which activation when the model runs on `example`."""
     found: dict[str, str] = {}
 
-    def compare(name: str, given: tuple[Any, ...], output: Any) -> None:
-        if len(given) != 1 or not isinstance(output, Tensor) or output.shape != given[0].shape:
-            return
-        x, y = given[0].double(), output.double()
-        for kind, function in FUNCTIONS.items():
-            if x.std() > 0 and (function(x) - y).abs().max() <= 1e-5 * y.abs().max():
-                found[name] = kind
-                return
+    def note(name: str, given: tuple[Any, ...], output: Any) -> None:
+        module = model.get_submodule(name)
+        kind = TYPES.get(type(module)) or _computed(given, output)
+        if kind is not None:
+            found[name] = "gelu_tanh" if getattr(module, "approximate", "") == "tanh" else kind
 
-    hooks = {name: (lambda given, output, name=name: compare(name, given, output)) for name in names}
+    hooks = {name: (lambda given, output, name=name: note(name, given, output)) for name in names}
     observed(model.eval(), (), {key: tensor.clone() for key, tensor in example.items()}, hooks)
     return found
+
+
+def _computed(given: tuple[Any, ...], output: Any) -> str | None:
+    """The known function that makes an output of a module's one input, entry by entry; None if none does."""
+    if len(given) != 1 or not isinstance(output, Tensor) or output.shape != given[0].shape:
+        return None
+    x, y = given[0].double(), output.double()
+    if not x.std() > 0:
+        return None
+    same = (kind for kind, function in FUNCTIONS.items() if (function(x) - y).abs().max() <= 1e-5 * y.abs().max())
+    return next(same, None)
 
 
 def _put_module(model: nn.Module, names: list[str], before: nn.Module, kind: str | None) -> None:

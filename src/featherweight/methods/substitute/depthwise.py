@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.context import Context
 from ...core.fit import Schedule
 from ...core.soft import copied
-from ...core.step import Between, OneOf, Place
+from ...core.step import OneOf, Place
 from ...model.blocks import input_shapes
 from ...model.factored import Factored
 from ...model.imitation import block_errors, enclosing, imitate
@@ -51,7 +51,7 @@ class SeparableConvolutions(Replacing, kind="substitute.separable"):
     paper: ClassVar[str] = "arXiv:1704.04861, arXiv:1808.05517, arXiv:2012.03096"
 
     multiplier: Annotated[int, Field(ge=1, le=8), OneOf(1, 2)] = 1
-    keep: Annotated[float, Field(gt=0, lt=1), Between(0.2, 0.6)] | None = None
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     normalize: bool = False
     of: Literal["macs", "latency"] = "macs"
     min_gain: Annotated[float, Field(ge=0, lt=1)] = 0.005  # what is less is not told from noise
