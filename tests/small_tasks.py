@@ -203,6 +203,39 @@ def blocks_task(labels: bool = True) -> Task:
     return task if labels else replace(task, calibrate=[task.calibrate.tensors[0]])
 
 
+class TokenNet(nn.Module):
+    """One block over token ids, whose positions may be more than the task's 16: N x T to N x 10."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(17, width), nn.Embedding(32, width)
+        self.attend, self.norm = Attention(width, 4), nn.LayerNorm(width)
+        self.wide, self.narrow, self.last = nn.Linear(width, 48), nn.Linear(48, width), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.table(x) + self.place(torch.arange(x.shape[1], device=x.device))
+        y = self.norm(y + self.attend(y))
+        y = self.last(y + self.narrow(nn.functional.gelu(self.wide(y))))
+        return self.head(y.mean(1))
+
+
+@functools.cache
+def tokens_task() -> Task:
+    """Digits as 16 tokens: the mean of each 2 x 2 pixels, from 0 to 16."""
+    torch.manual_seed(0)
+    splits = {}
+    for name, part in digits().items():
+        images, labels = part.tensors
+        ids = nn.functional.avg_pool2d(16 * images, 2).round().long().flatten(1)
+        splits[name] = Arrays(ids, labels)
+    model = TokenNet()
+    start = Task(name="tokennet", model=model, batch_size=64, **splits)
+    Context(start, device=torch.device("cpu")).fit(model, Training(epochs=8, lr=1e-2))
+    longer = {"x": {0: "batch", 1: "sequence"}}
+    return Task(name="tokennet", model=model.eval(), batch_size=64, dynamic=longer, **splits)
+
+
 @functools.cache
 def student() -> nn.Module:
     """Another network with rows of blocks, trained for a moment."""

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from small_tasks import blocks_task, conv_task, experts_task, transformer_task
+from small_tasks import blocks_task, conv_task, experts_task, tokens_task, transformer_task
 from torch import nn
 
 from featherweight.core import registry
@@ -16,12 +16,19 @@ from featherweight.core.task import Task
 
 registry.load("methods")
 KINDS = sorted(Step.kinds)
-TASKS = {"conv": conv_task, "transformer": transformer_task, "blocks": blocks_task, "experts": experts_task}
+TASKS = {
+    "conv": conv_task,
+    "transformer": transformer_task,
+    "blocks": blocks_task,
+    "experts": experts_task,
+    "tokens": tokens_task,
+}
 # what needs rows of blocks: tried there, and only there
 ROWS = frozenset({"distill.student", "prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
 # what needs experts: tried there, and only there
 MIXED = frozenset({"experts.route", "experts.prune", "experts.merge"})
-OWN = {"blocks": ROWS, "experts": MIXED}  # tasks for kinds that need them
+PROMPTED = frozenset({"adapt.prompt", "adapt.prefix"})  # what needs token ids: tried there, and only there
+OWN = {"blocks": ROWS, "experts": MIXED, "tokens": PROMPTED}  # tasks for kinds that need them
 # a nonlinearity stands between all of its layers, or there is no convolution
 NOTHING_IN = frozenset(
     {
@@ -30,6 +37,16 @@ NOTHING_IN = frozenset(
         ("factor.tucker", "transformer"),
         ("factor.cp", "transformer"),
         ("substitute.separable", "transformer"),
+        # rectifiers are as cheap as it gets
+        ("substitute.activations", "conv"),
+        ("substitute.activations", "blocks"),
+        ("substitute.activations", "tokens"),  # which calls them as functions
+        *(("substitute.fused", task) for task in ("transformer", "experts", "tokens")),
+        *((kind, "tokens") for kind in ("factor.tucker", "factor.cp", "substitute.separable")),
+        ("experts.split", "tokens"),  # which calls its activation as a function
+        ("experts.copy", "tokens"),
+        ("substitute.queries", "conv"),
+        ("substitute.queries", "blocks"),
         ("experts.split", "conv"),
         ("experts.split", "blocks"),
         ("experts.copy", "conv"),
@@ -48,6 +65,7 @@ SEPARATE = frozenset({"factor.cp", "substitute.separable"})
 MILD = {"sparse.rigl": {"sparsity": 0.4}, "sparse.set": {"sparsity": 0.4}}
 
 
+ONCE = ("substitute.activations", "substitute.queries", "substitute.fused")
 SPLITS = ("split", "copy")  # experts made of dense feed-forwards
 
 
@@ -58,6 +76,8 @@ NOTHING_BEHIND = {
     # the reshapes of tensor trains bind every channel
     ("factor.train", "prune.structured"): frozenset({"conv"}),
     ("factor.train", "sparse.structured_dropout"): frozenset(TASKS),
+    # rectifiers, shared heads and layers that became one leave nothing to do again
+    **{(kind, kind): frozenset(TASKS) for kind in ONCE},
     # no dense feed-forward is left
     **{(f"experts.{one}", f"experts.{other}"): frozenset(TASKS) for one in SPLITS for other in SPLITS},
     # nothing is left to open, and as many are chosen as before
@@ -119,7 +139,7 @@ def _tasks(kinds: tuple[str, ...]) -> list[str]:
     """The small tasks in which all of these, one after the other, find something to do."""
     if kinds[0] in SEPARATE and set(kinds[1:]) & KERNELS:
         return []
-    bound = NOTHING_BEHIND.get((kinds[0], kinds[-1]), ())
+    bound = NOTHING_BEHIND.get((kinds[0], kinds[-1]), ()) if len(kinds) > 1 else ()
     return [name for name in TASKS if name not in bound and all(_finds_work(kind, name) for kind in kinds)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.adapted import Adapted, adapted, adapter_of, base_digest
+from ..core.adapted import BASE, Adapted, adapted, adapter_of, base_digest
 from ..core.adapter import AdapterFile
 from ..core.errors import ArtifactError, TaskError
 from ..core.soft import copied
@@ -36,14 +36,12 @@ def load_adapter(model: nn.Module, file: str | Path) -> nn.Module:
     found = AdapterFile.read(file)
     made = without_adapters(model)
     found.check_base(base_digest(made), file)
-    if any(kind == "Prompt" for kind, _ in found.places.values()):
-        opened_tables(made)
+    _open(made, found)
     for place in sorted(found.places, key=len):
         kind, settings = found.places[place]
         if kind not in {each.__name__ for each in ADAPTERS}:
             raise ArtifactError(f"the adapter {file} is a {kind}, which this version of featherweight does not know")
         with believed(f"the adapter {file}"):
-            opened(made, [place])
             around = make(kind, dict(settings)).to_empty(device="cpu")
             around.base = made.get_submodule(place) if place else made
             made = replaced(made, place, around)
@@ -55,6 +53,14 @@ def load_adapter(model: nn.Module, file: str | Path) -> nn.Module:
                 raise ValueError(f"{name!r} has another shape than its layer")
             parameters[name].copy_(torch.from_numpy(tensor))
     return made.to(device).eval()
+
+
+def _open(model: nn.Module, found: AdapterFile) -> None:
+    """Where `model` is a captured graph, make modules of what adapters stand around, by its name without adapters."""
+    start = f"{BASE}." if "" in found.places else ""
+    opened(model, [place.removeprefix(start) for place, (kind, _) in found.places.items() if kind != "Prompt"])
+    if any(kind == "Prompt" for kind, _ in found.places.values()):
+        opened_tables(model)
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

@@ -92,6 +92,13 @@ def test_merged_into_floats_the_outputs_stay():
     assert close(kept, merged)
 
 
+@pytest.mark.parametrize("merge", [None, False])
+def test_what_was_trained_before_can_be_trained_again(merge):
+    made = without_adapters(adapted("float32", merge=merge))
+    wanted = {name: each.requires_grad for name, each in base("float32").named_parameters()}
+    assert {name: each.requires_grad for name, each in made.named_parameters()} == wanted
+
+
 def test_ia3_goes_into_scales_without_rounding():
     kept = adapted("int4", "adapt.ia3", lr=0.05)
     merged = adapted("int4", "adapt.ia3", lr=0.05, merge=True, bound=0.01)

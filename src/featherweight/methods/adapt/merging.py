@@ -131,8 +131,8 @@ def merge_rounded(model: nn.Module, name: str, hessian: Tensor | None) -> None:
 
 
 def _put(model: nn.Module, name: str, layer: nn.Linear, bias: Tensor | None) -> None:
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+    if bias is not None and not (layer.bias is not None and torch.equal(bias, layer.bias)):
+        layer.bias = nn.Parameter(bias.detach().clone(), layer.bias is None or layer.bias.requires_grad)
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, layer)
 

@@ -25,10 +25,14 @@ def pattern(names: Iterable[str]) -> str:
 
 
 def put_around(model: nn.Module, config: Any) -> nn.Module:
-    """`model`, in place, with peft's layers around those that `config` names."""
+    """`model`, in place, with peft's layers around those that `config` names; what was trained before still is."""
+    before = [(each, each.requires_grad) for each in model.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of tied weights, which only matter where adapters are merged
-        return library().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        model = library().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for each, was in before:  # peft freezes the base for good
+        each.requires_grad_(was)
+    return model
 
 
 def taken_off(model: nn.Module, names: Iterable[str], turned: Callable[[Any], nn.Module]) -> dict[str, nn.Module]:

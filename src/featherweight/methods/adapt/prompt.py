@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 import torch.utils._pytree as pytree
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from featherweight.core.blocks import observed
 from featherweight.core.context import Context
@@ -102,7 +102,9 @@ def longer(model: nn.Module, tokens: int, ctx: Context, kind: str) -> Prompted:
         leaves = pytree.tree_leaves(model(**{name: made._longer(name, each) for name, each in example.items()}))
     except Exception as error:  # the user's own code runs here
         reason = " ".join(str(error).split())[:160]
-        raise TaskError(f"{kind}: the model cannot take {tokens} more positions: {reason}") from error
+        hint = " (a captured graph takes other lengths where the task's `dynamic` names that dimension)"
+        hint = hint if isinstance(model, fx.GraphModule) else ""
+        raise TaskError(f"{kind}: the model cannot take {tokens} more positions{hint}: {reason}") from error
     made.cut = [_grown(one, leaf.shape, tokens) for one, leaf in zip(before, leaves)]
     for one, leaf, cut in zip(before, leaves, made.cut):
         if not cut and one != leaf.shape:
