@@ -37,6 +37,7 @@ NOTHING_IN = frozenset(
         ("factor.tucker", "transformer"),
         ("factor.cp", "transformer"),
         ("substitute.separable", "transformer"),
+        ("substitute.separable", "tokens"),
         # rectifiers are as cheap as it gets
         ("substitute.activations", "conv"),
         ("substitute.activations", "blocks"),
@@ -51,7 +52,7 @@ NOTHING_IN = frozenset(
         ("experts.split", "blocks"),
         ("experts.copy", "conv"),
         ("experts.copy", "blocks"),
-        *((kind, "experts") for kind in ("quantize.rotate", "factor.tucker", "factor.cp", "substitute.separable")),
+        *((kind, "experts") for kind in ("factor.tucker", "factor.cp", "substitute.separable")),
     }
 )
 
@@ -76,6 +77,8 @@ NOTHING_BEHIND = {
     # the reshapes of tensor trains bind every channel
     ("factor.train", "prune.structured"): frozenset({"conv"}),
     ("factor.train", "sparse.structured_dropout"): frozenset(TASKS),
+    # the layers of keys and values stand within those of shared heads, by another name
+    ("substitute.queries", "adapt.prefix"): frozenset(TASKS),
     # rectifiers, shared heads and layers that became one leave nothing to do again
     **{(kind, kind): frozenset(TASKS) for kind in ONCE},
     # no dense feed-forward is left

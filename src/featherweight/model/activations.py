@@ -117,7 +117,7 @@ def _computed(given: tuple[Any, ...], output: Any) -> str | None:
     if len(given) != 1 or not isinstance(output, Tensor) or output.shape != given[0].shape:
         return None
     x, y = given[0].double(), output.double()
-    if not x.std() > 0:
+    if not x.min() < 0 < x.max():  # what leaves positive values alone could be any
         return None
     same = (kind for kind, function in FUNCTIONS.items() if (function(x) - y).abs().max() <= 1e-5 * y.abs().max())
     return next(same, None)
