@@ -24,6 +24,7 @@ def page(ledger: Any) -> str:
         f"* Date: {ledger.date}",
         f"* Machine: {ledger.machine}",
         f"* Versions: {', '.join(f'{name} {version}' for name, version in ledger.versions.items())}",
+        f"* Clock: {ledger.clock}",
         f"* Command: `{ledger.command}`",
     ]
     for task, metric in ledger.metrics.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from featherweight.core.errors import TaskError
 from featherweight.model.linears import opened_tables
 from featherweight.model.prompts import Prefix, Prompt, Prompted, inputs_of
 from featherweight.model.replacing import replaced
+from featherweight.model.select import excluded
 
 from .training import AdapterStep, LearningStep
 
@@ -65,7 +67,7 @@ class PrefixTuning(AdapterStep, kind="adapt.prefix"):
     only: str = "*k_proj,*v_proj,*key,*value"
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        layers = self.chosen(model, ctx)
+        layers = self._makers(model, ctx)
         if not layers:
             return model
         wrapper = longer(model, self.tokens, ctx, self.kind)
@@ -83,6 +85,22 @@ class PrefixTuning(AdapterStep, kind="adapt.prefix"):
         for name in layers:
             ctx.change(name, f"{self.tokens} trained positions in front of its outputs, last loss {loss:.4g}")
         return wrapper
+
+    def _makers(self, model: nn.Module, ctx: Context) -> Mapping[str, nn.Module]:
+        """The modules that make keys and values: whole, whatever other steps have put inside them."""
+        if isinstance(model, fx.GraphModule):
+            return self.chosen(model, ctx)
+        self.check_names(model, {name for name, _ in model.named_modules()}, ctx)
+        found: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if "parametrizations" in name.split(".") or any(name.startswith(f"{other}.") for other in found):
+                continue
+            reason = excluded(name, self.only, self.skip)
+            if name and reason is None and any(True for _ in module.parameters()):
+                found[name] = module
+            elif any(True for _ in module.parameters(recurse=False)):
+                ctx.leave(name or type(module).__name__, reason or "is the whole model")
+        return found
 
 
 @torch.no_grad()
@@ -161,6 +179,8 @@ def _starts(wrapper: Prompted, names: list[str], ctx: Context) -> dict[str, Tens
 
     def hook(name: str) -> Any:
         def note(_given: tuple[Any, ...], output: Tensor) -> None:
+            if output.dim() != 3 or output.shape[1] != given[wrapper.ids].shape[1]:
+                raise TaskError(f"adapt.prefix: {name[5:]} gives {tuple(output.shape)}: no keys or values by position")
             found.setdefault(name, output[0, : wrapper.tokens].clone())
 
         return note

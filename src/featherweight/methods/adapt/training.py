@@ -49,7 +49,7 @@ class AdapterStep(LayerStep, LearningStep):
     def chosen(self, model: nn.Module, ctx: Context) -> dict[str, nn.Linear]:
         """The linear layers to adapt, each a module that can be replaced; all others are reported as left alone."""
         found, reasons = linears(model, ctx)
-        self._check_names(model, {*found, *reasons}, ctx)
+        self.check_names(model, {*found, *reasons}, ctx)
         chosen = []
         for name in {**found, **reasons}:
             reason = excluded(name, self.only, self.skip) or reasons.get(name)
@@ -66,7 +66,7 @@ class AdapterStep(LayerStep, LearningStep):
         layers = {name: model.get_submodule(name) for name in chosen}
         return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
-    def _check_names(self, model: nn.Module, layers: set[str], ctx: Context) -> None:
+    def check_names(self, model: nn.Module, layers: set[str], ctx: Context) -> None:
         """Raise `RecipeError` for a name that nothing has; warn of a glob of the user's that matches nothing."""
         modules = {name for name, _ in model.named_modules()}
         usual = type(self).model_fields["only"].default
