@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from ...core.context import Context
@@ -29,8 +30,8 @@ class ExpertStep(LayerStep):
 
     needs: ClassVar[Trait] = Trait.EDITABLE | Trait.RESHAPABLE
     retrain: Training | None = None
-    balance: float = 0.01
-    z: float = 0.001
+    balance: Annotated[float, Field(ge=0)] = 0.01
+    z: Annotated[float, Field(ge=0)] = 0.001
 
     def finish(self, model: nn.Module, ctx: Context) -> nn.Module:
         """Retrain, and record who is routed where."""
@@ -111,12 +112,12 @@ class MixtureStep(ExpertStep):
         for name, why in refused.items():
             ctx.leave(name, why)
         self.warn_unused([name for name, _ in model.named_modules()], ctx)
-        chosen = []
+        chosen: list[Mixture] = []
         for each in found:
-            why = self.picked([each.name]) or (each.why if routed and each.router is None else None)
-            if why is None:
+            reason = self.picked([each.name]) or (each.why if routed and each.router is None else None)
+            if reason is None:
                 chosen.append(each)
             else:
-                ctx.leave(each.name, why)
+                ctx.leave(each.name, reason)
         self.leave_rest(model, ctx, [each.name for each in found], "is in no mixture of experts")
         return chosen

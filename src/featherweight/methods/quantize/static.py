@@ -126,11 +126,12 @@ class StaticQuantization(LayerStep, kind="quantize.static"):
         """The placement without layers that calibration never reached, such as those of an expert that no token is sent
         to: without a range they stay in floats, by name.
         """
-        unseen = [
-            name
-            for name, node in placement.layers.items()
-            if histograms[placement.shared.get(node.args[0], node.args[0])].empty  # type: ignore[arg-type]
-        ]
+        unseen = []
+        for name, node in placement.layers.items():
+            value = node.args[0]
+            assert isinstance(value, fx.Node)
+            if histograms[placement.shared.get(value, value)].empty:
+                unseen.append(name)
         for name in unseen:
             ctx.leave(name.rpartition(".")[0], "no calibration data reach it, so that its ranges are not known")
         if unseen:
