@@ -1,6 +1,7 @@
 """Every step in sequence with every other: saved, loaded, exported, compared. By default most steps
 come first and second a few times, and go to both targets; the other pairs are slow, those of steps
-that search too, and go to one target, in turn: exporting takes most of the time.
+that search too, and go to one target, in turn: exporting takes most of the time. Pairs of the newest
+families with others than one step of each mechanism are tried on request: pytest -m exhaustive.
 """
 
 import functools
@@ -26,6 +27,19 @@ TARGETS = ("onnxruntime", "torch")
 TAKES_THE_REST = frozenset({"quantize.float16"})  # stores what other steps left: in a pair something must be left
 SHIFTS = (5, 17)  # of kinds in the order of their names: to other families
 SEARCHING = frozenset({"quantize.coded", "quantize.mixed", "quantize.trellis"})  # take tens of seconds after another
+# one step of each mechanism: with these the steps of the newest families are tried in CI, too
+REPRESENTATIVES = frozenset(
+    {
+        "adapt.lora",
+        "distill.logits",
+        "experts.split",
+        "factor.svd",
+        "prune.structured",
+        "quantize.static",
+        "quantize.weights",
+    }
+)
+NEWEST = ("adapt.", "experts.", "substitute.activations", "substitute.fused", "substitute.queries")
 ALLOWED = [pair for pair in itertools.product(KINDS, repeat=2) if allowed(*pair)]
 PAIRS = [pair for pair in ALLOWED if share_a_task(*pair)]
 
@@ -41,7 +55,9 @@ def targets_of(one: str, other: str) -> tuple[str, ...]:
 
 
 def pair(one: str, other: str):
-    return pytest.param(one, other, marks=() if often(one, other) else pytest.mark.slow, id=f"{one}-{other}")
+    new = any(kind.startswith(NEWEST) for kind in (one, other)) and not REPRESENTATIVES & {one, other}
+    mark = pytest.mark.exhaustive if new else pytest.mark.slow
+    return pytest.param(one, other, marks=() if often(one, other) else mark, id=f"{one}-{other}")
 
 
 @functools.cache
