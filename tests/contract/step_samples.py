@@ -1,6 +1,7 @@
 """Samples of every step and small tasks for them: what the contract of steps is tested on."""
 
 import functools
+from typing import Any
 
 import torch
 from small_tasks import blocks_task, conv_task, experts_task, tokens_task, transformer_task
@@ -77,6 +78,12 @@ NOTHING_BEHIND = {
     # the reshapes of tensor trains bind every channel
     ("factor.train", "prune.structured"): frozenset({"conv"}),
     ("factor.train", "sparse.structured_dropout"): frozenset(TASKS),
+    # the second factors of keys have fewer inputs than a head has entries
+    ("factor.svd", "substitute.queries"): frozenset(TASKS),
+    # adapters and cores stand between the layers of a feed-forward
+    **{(one, f"experts.{other}"): frozenset(TASKS) for one in ("adapt.bottleneck", "factor.train") for other in SPLITS},
+    # no four experts divide what is left of the neurons
+    ("prune.structured", "experts.split"): frozenset(TASKS),
     # the layers of keys and values stand within those of shared heads, by another name
     ("substitute.queries", "adapt.prefix"): frozenset(TASKS),
     # rectifiers, shared heads and layers that became one leave nothing to do again
@@ -96,7 +103,10 @@ def works(kind: str, name: str) -> bool:
 
 CASES = [(kind, name) for name in TASKS for kind in KINDS if works(kind, name)]
 CPU = torch.device("cpu")
-GIVEN = {"distill.student": {"student": "small_tasks:student"}}  # what the user must give
+GIVEN: dict[str, dict[str, Any]] = {
+    "distill.student": {"student": "small_tasks:student"},  # what the user must give
+    "adapt.lora": {"rank": 4},  # layers in factors have a rank of 6
+}
 
 
 def sample(kind: str, **settings) -> Step:

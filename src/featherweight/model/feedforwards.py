@@ -186,7 +186,10 @@ def _containers(model: nn.Module, ran: list[Ran]) -> Iterator[Found]:
         if each.given.shape[:-1] != each.made.shape[:-1]:
             continue
         names = tuple(f"{each.name}.{name}" for name in held)
+        sizes = each.given.shape[-1], each.made.shape[-1]
         for parts in _arrangements(each.module, [as_linear(inner) for inner in held.values()]):
+            if (parts.up.in_features, parts.down.out_features) != sizes:
+                continue
             with torch.no_grad():
                 if relative_difference(each.made, parts(each.given)) < CLOSE:
                     yield Found(each.name, parts, names)

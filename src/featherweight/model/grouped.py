@@ -18,11 +18,11 @@ class GroupedHeads(nn.Module):
     @property
     def weight(self) -> Tensor:
         """What surrounds a layer asks for its type and device, never for its values."""
-        return self.heads.weight.detach()  # the parameter itself would seem to be shared by two layers
+        return next(self.heads.parameters()).detach()  # the parameter itself would seem to be shared by two layers
 
     @property
     def bias(self) -> Tensor | None:
-        return self.heads.bias
+        return getattr(self.heads, "bias", None)  # factors stand in its place once it is factored
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.heads(x).unflatten(-1, (self.groups, 1, self.width))
