@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,16 +49,22 @@ class _Ran:
     output: Any
 
 
-def mixtures(model: nn.Module, ctx: Context) -> tuple[list[Mixture], dict[str, str]]:
+def mixtures(
+    model: nn.Module, ctx: Context, excluded: Callable[[str], str | None] = lambda _name: None
+) -> tuple[list[Mixture], dict[str, str]]:
     """The mixtures of `model`; those of stacked weights [experts, ...] are opened in place into feed-forwards.
 
     A stack is known by how it is called (tokens, indices, weights), and by its outputs being those of the
-    feed-forwards that it is read as; gives also why other stacks are none, by name.
+    feed-forwards that it is read as. Those that `excluded` gives a reason for, by name, are not touched. Gives also why
+    other stacks are none, by name.
     """
     calls, ran = _observe(model, ctx)
     found: list[Mixture] = []
     refused: dict[str, str] = {}
     for call in calls:
+        if why := excluded(call.name):
+            refused[call.name] = why
+            continue
         experts, reason = (call.module, "") if isinstance(call.module, Experts) else opened(call.module, call.given)
         if experts is None:
             refused[call.name] = reason

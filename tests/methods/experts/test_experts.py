@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_tasks import Mixed, experts_task, one_thread, transformer_task  # noqa: F401
+from small_tasks import experts_task, one_thread, transformer_task  # noqa: F401
 from torch import nn
 
 from featherweight.core.context import Context, run_recipe, run_step
 from featherweight.core.errors import NoEffect, RecipeError, TaskError
 from featherweight.core.fit import Training
-from featherweight.core.outputs import relative_difference
+from featherweight.core.outputs import first, relative_difference
 from featherweight.core.recipe import Recipe
 from featherweight.core.step import step
 from featherweight.core.target import target
+from featherweight.core.task import Task
 from featherweight.model.coverage import coverage
 from featherweight.model.experts import Experts, MixtureOfExperts, Router, experts_of, feed_forward, mixture
 from featherweight.model.skeleton import load, save
@@ -162,6 +163,61 @@ def test_stacks_are_opened_with_equal_outputs_saved_and_loaded(tmp_path):
     assert isinstance(model.mixture.gate, Router)
     save(model, tmp_path / "model")
     assert torch.equal(outputs(task, load(tmp_path / "model", like=task.original)), outputs(task, model))
+
+
+def test_a_stack_that_is_skipped_stays_a_stack():
+    with pytest.raises(NoEffect, match=r"excluded by skip='mixture\.experts'"):
+        applied(experts_task(), "experts.route", skip=["mixture.experts"])
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+def test_the_layouts_of_transformers_are_opened_with_equal_outputs(layout):
+    task = language_task(layout)
+    opened, record = applied(task, "experts.route")
+    with torch.no_grad():
+        wanted = first(task.original(**task.example))
+        assert relative_difference(wanted, first(opened(**task.example))) < 1e-5
+    assert [name for name, how in record.changed.items() if how == "8 experts in layers of their own"]
+    merged, _ = applied(task, "experts.merge", keep=0.5)
+    assert {len(each.members) for each in merged.modules() if isinstance(each, Experts)} == {4}
+    if layout == "deepseek_v3":
+        with pytest.raises(RecipeError, match="chooses within groups of experts"):
+            applied(task, "experts.prune", keep=0.5)
+    else:
+        pruned, _ = applied(task, "experts.prune", keep=0.5)
+        assert {each.experts for each in pruned.modules() if isinstance(each, Router)} == {4}
+
+
+def language_task(layout):
+    """A tiny random language model of this layout, on random tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from featherweight.zoo.metrics import perplexity
+    from featherweight.zoo.stories import Texts, next_token_loss
+
+    common = {
+        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "use_cache": False,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 32,
+    }  # fmt: skip
+    own = {
+        "mixtral": {"num_local_experts": 8},
+        "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
+        "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 12, "head_dim": 8},
+        "deepseek_v3": {
+            "n_routed_experts": 8, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1, "head_dim": 8,
+            "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8, "v_head_dim": 8,
+        },
+    }[layout]  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(layout, **{**common, **own})).eval()
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            nn.init.normal_(module.weight)
+    texts = Texts([torch.randint(0, 50, (12,)) for _ in range(12)])
+    free = {"input_ids": {0: "batch", 1: "sequence"}}
+    data = {"train": texts, "validate": texts, "test": texts}
+    return Task(name=layout, model=model, loss=next_token_loss, metric=perplexity(), dynamic=free, batch_size=4, **data)
 
 
 def test_fewer_experts_a_token_are_less_work(tmp_path):

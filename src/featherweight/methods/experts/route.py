@@ -33,13 +33,13 @@ class ExpertRoute(MixtureStep, kind="experts.route"):
         return {"top_k": 1}
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        for each in self.mixtures(model, ctx, routed=self.top_k is not None):
+        for each in self.mixtures(model, ctx, routed=False):
             how = f"{len(each.experts.members)} experts in layers of their own"
             if self.top_k is not None:
-                if not isinstance(each.router, Router):
-                    ctx.leave(each.name, "its router does more than choose by a linear score; leave top_k out")
-                    continue
-                how += self._limit(each.name, each.router)
+                if isinstance(each.router, Router):
+                    how += self._limit(each.name, each.router)
+                else:
+                    ctx.leave(f"{each.name} (top_k)", "its router does more than choose by a linear score")
             each.experts.capacity = self.capacity
             ctx.change(each.name, how + (f", capacity factor {self.capacity:g}" if self.capacity else ""))
         return self.finish(model, ctx)

@@ -108,16 +108,15 @@ class MixtureStep(ExpertStep):
 
     def mixtures(self, model: nn.Module, ctx: Context, routed: bool = True) -> list[Mixture]:
         """The chosen mixtures, with a router if `routed`; all other layers are reported as left alone."""
-        found, refused = mixtures(model, ctx)
+        found, refused = mixtures(model, ctx, lambda name: self.picked([name]))
         for name, why in refused.items():
             ctx.leave(name, why)
         self.warn_unused([name for name, _ in model.named_modules()], ctx)
         chosen: list[Mixture] = []
         for each in found:
-            reason = self.picked([each.name]) or (each.why if routed and each.router is None else None)
-            if reason is None:
-                chosen.append(each)
+            if routed and each.router is None:
+                ctx.leave(each.name, each.why)
             else:
-                ctx.leave(each.name, reason)
+                chosen.append(each)
         self.leave_rest(model, ctx, [each.name for each in found], "is in no mixture of experts")
         return chosen
