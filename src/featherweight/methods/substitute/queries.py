@@ -82,7 +82,7 @@ class GroupedQueries(LayerStep, kind="substitute.queries"):
             if reason := _unfit(name, model, ctx):
                 return reason
         for name, width in ((found.key, found.width), (found.value, found.depth)):
-            if (inputs := model.get_submodule(name).in_features) < width:  # the second of two factors
+            if (inputs := model.get_parameter(f"{name}.weight").shape[1]) < width:  # the second of two factors
                 return f"its {inputs} inputs are fewer than the {width} entries of a head"
         if found.heads % self.pool:
             return f"pool={self.pool} does not divide its {found.heads} heads of keys and values"
