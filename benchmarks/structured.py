@@ -107,6 +107,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ours", nargs="+", default=["blocks"], choices=list(OURS))
     parser.add_argument("--without-peer", action="store_true", help="run our side alone")
     parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the training")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--timing", type=float, default=3.0, help="seconds, for each file and batch size")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: where other work keeps it busy")
@@ -306,7 +307,8 @@ def command(given: argparse.Namespace) -> str:
     """The command that gives these figures, without the folders of this machine."""
     return (
         f"python -m benchmarks.structured --date {given.date} --seconds {given.seconds:g} --threads {given.threads} "
-        f"--fewer {given.fewer:g} --ours {' '.join(given.ours)} --lr {given.lr:g} --clock {given.clock} --peers FOLDER"
+        f"--fewer {given.fewer:g} --ours {' '.join(given.ours)} --lr {given.lr:g} "
+        f"--precision {given.precision} --clock {given.clock} --peers FOLDER"
     )
 
 
@@ -314,7 +316,15 @@ def main(argv: list[str] | None = None) -> int:
     given = arguments(argv)
     torch.set_num_threads(given.threads)
     task = more_images(find_task(TASK))
-    training = Training(optimizer="sgd", lr=given.lr, weight_decay=5e-4, batch_size=128, teacher=0.9, temperature=4)
+    training = Training(
+        optimizer="sgd",
+        lr=given.lr,
+        weight_decay=5e-4,
+        batch_size=128,
+        teacher=0.9,
+        temperature=4,
+        precision=given.precision,
+    )
     with tempfile.TemporaryDirectory() as folder:
         rows = compared(task, given, training, Path(folder))
     versions = {name: version(name) for name in PACKAGES}

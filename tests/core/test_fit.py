@@ -245,3 +245,26 @@ def test_what_comes_after_a_step_may_change_weights_and_what_the_optimizer_remem
     assert [t for t, _, _ in seen] == [(done + 1) / steps for done in range(steps)]
     assert all(gradient and {"exp_avg", "exp_avg_sq"} <= state for _, gradient, state in seen)
     assert bool((model.inner.weight[0] == 0).all()) and bool((model.inner.weight[1:] != 0).all())
+
+
+def test_training_in_bfloat16_computes_products_in_it_and_keeps_weights_and_loss_in_float32(task):
+    seen: dict[str, set[torch.dtype]] = {"product": set(), "output": set(), "teacher": set()}
+
+    def term(model, batch, output, ctx):
+        seen["output"].add(output.dtype)
+        seen["teacher"].add(ctx.task.call(ctx.teacher, batch).dtype)
+        return task_loss(model, batch, output, ctx)
+
+    model, ctx = task.fresh(), context(task)
+    model.inner.register_forward_hook(lambda _module, _inputs, output: seen["product"].add(output.dtype))
+    narrow = fit(model, ctx, Training(epochs=10, lr=1e-2, precision="bfloat16"), term)
+    assert seen == {"product": {torch.bfloat16}, "output": {torch.float32}, "teacher": {torch.bfloat16}}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert narrow == pytest.approx(fit(task.fresh(), ctx, Training(epochs=10, lr=1e-2)), rel=0.05)
+
+
+def test_training_in_float32_is_not_narrowed(task):
+    model, seen = task.fresh(), set()
+    model.inner.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    fit(model, context(task), Training(epochs=1))
+    assert seen == {torch.float32}
