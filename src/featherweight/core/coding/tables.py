@@ -54,7 +54,7 @@ def level(mean: Ints) -> Ints:
 
 def class_of(levels: Ints) -> NDArray[np.uint8]:
     """The class of each level; those beyond the ends belong to the ends."""
-    return np.clip((levels + LEVELS + 1) >> 1, 0, CLASSES - 1).astype(np.uint8)
+    return np.minimum(np.maximum((levels + LEVELS + 1) >> 1, 0), CLASSES - 1).astype(np.uint8)
 
 
 @functools.cache
