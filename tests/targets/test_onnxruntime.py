@@ -162,3 +162,22 @@ def test_resnet20_is_small_and_all_integer(tmp_path: Path) -> None:
     assert artifact.manifest.evidence["float_kernels"] == {}
     assert artifact.manifest.evidence["integer_kernels"]["QLinearConv"] == 19
     assert artifact.manifest.evidence["integer_kernels"]["QLinearAdd"] == 9
+
+
+def test_what_torch_can_translate_is_listed_once_and_an_export_does_not_add_to_it(tmp_path: Path) -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    from featherweight.targets.onnxruntime import exporter
+
+    before, listing = dict(exporter.REGISTRIES), ONNXRegistry.from_torchlib
+    exporter.REGISTRIES.clear()
+    try:
+        first = target("onnxruntime").export(small(), EXAMPLE, tmp_path / "first")
+        (kept,) = {id(each): each for each in exporter.REGISTRIES.values()}.values()
+        known = {operator: len(each) for operator, each in kept.functions.items()}
+        again = target("onnxruntime").export(small(), EXAMPLE, tmp_path / "again")
+        assert (first.file.read_bytes(), [kept]) == (again.file.read_bytes(), list(exporter.REGISTRIES.values()))
+        assert known == {operator: len(each) for operator, each in kept.functions.items()}
+        assert ONNXRegistry.from_torchlib == listing
+    finally:
+        exporter.REGISTRIES.update(before)

@@ -31,26 +31,16 @@ def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset:
 
     from featherweight.model.graph import capture
 
+    from .exporter import to_onnx
     from .simplify import simplify
 
     program = capture(model.requires_grad_(False), example, free)
     parameters = {name for name, _ in model.named_parameters()}
     with quiet():
         try:
-            exported = torch.onnx.export(
-                program,
-                (),
-                kwargs=example,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=opset,
-                custom_translation_table=_translations(),
-            )
+            made = to_onnx(program, opset, args=(), kwargs=example, custom_translation_table=_translations())
         except torch.onnx.OnnxExporterError as error:
             raise ArtifactError(f"the model cannot be written as ONNX: {_reason(error)}") from error
-        assert exported is not None
-        made = exported.model
         for node in made.graph:
             if node.op_type == "Split" and len(node.inputs) > 1:  # the recorder wants the number, ONNX forbids it
                 node.attributes.pop("num_outputs", None)

@@ -11,6 +11,7 @@ from featherweight.core.encoding import Encoding
 from featherweight.core.storage import Packed
 
 from .edit import Editor
+from .exporter import to_onnx
 from .floats import quiet
 from .shrink import short_names
 from .simplify import simplify
@@ -65,19 +66,16 @@ def _functions(kinds: dict[Hashable, Encoding], opset: int, first: int) -> dict[
 
 def _exported(encodings: list[Encoding], opset: int) -> Iterator[ir.Function]:
     """The functions of these encodings, from one export: it takes seconds, however much there is to export."""
-    import torch
-
     from featherweight.model.restore import capture_restore, parts_of
 
     program = capture_restore(encodings)
     with quiet():
-        exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
-        assert exported is not None
-        simplify(exported.model, lambda node: None)
-    inputs = iter(exported.model.graph.inputs)
-    for encoding, output in zip(encodings, exported.model.graph.outputs):
+        made = to_onnx(program, opset)
+        simplify(made, lambda node: None)
+    inputs = iter(made.graph.inputs)
+    for encoding, output in zip(encodings, made.graph.outputs):
         own = [next(inputs) for _ in parts_of(encoding)]
-        yield _function("restore", exported.model.graph, own, output, opset)
+        yield _function("restore", made.graph, own, output, opset)
 
 
 def _function(name: str, graph: ir.Graph, inputs: list[ir.Value], output: ir.Value, opset: int) -> ir.Function:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     import onnx
     from onnxscript import ir
 
-    from featherweight.core.adapter import AdapterFile, Slots
+    from featherweight.core.adapter import Slots
+    from featherweight.core.target import Artifact
 
 MOST = 2**31 - 1  # ONNX Runtime's adapter files hold versions as integers of 32 bits
 
@@ -69,17 +71,20 @@ class OpenFile:
         self.adapter = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
-def native(adapter: AdapterFile, slots: Slots, path: str) -> None:
-    """Write an adapter as ONNX Runtime's own file, which programs in any language load beside the base
+def native(adapter: str | Path, artifact: Artifact, path: str | Path) -> None:
+    """Write the adapter in a file as ONNX Runtime's own, which programs in any language load beside the artifact
     (`LoraAdapter`, `RunOptions.add_active_adapter`).
 
-    Its model version is the first 31 bits of the digest of the base: that format has no room for the whole.
+    Its model version is the first 31 bits of the digest of the base: that format has no room for the whole. Raises
+    `ArtifactError` if the adapter does not fit the artifact.
     """
     import onnxruntime
 
+    from featherweight.core.target import tensors_for
+
     file = onnxruntime.AdapterFormat()
     file.set_adapter_version(1)
-    file.set_model_version(int(adapter.base[:8], 16) & MOST)
-    tensors = adapter.fitting(adapter.base, slots, path)
+    tensors = tensors_for(artifact.manifest, adapter)
+    file.set_model_version(int(artifact.manifest.base[:8], 16) & MOST)
     file.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(each) for name, each in tensors.items()})
-    file.export_adapter(path)
+    file.export_adapter(str(path))
