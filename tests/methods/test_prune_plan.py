@@ -15,19 +15,25 @@ from featherweight.model.masks import keep_largest
 
 
 def test_a_step_changes_every_width_by_a_multiple():
-    assert limits(64, 0.1, 8, [1]) == Limits(units=64, least=7, step=8)
-    assert limits(12, 0.1, 8, [32]) == Limits(units=12, least=2, step=1)  # heads of 32: any number of them fits
-    assert limits(64, 0.1, 8, [1, 4]).step == 8
-    assert limits(64, 0.1, 8, [4]).step == 2
+    assert limits(64, 64, 0.1, 8, [1]) == Limits(units=64, least=7, step=8)
+    assert limits(12, 12, 0.1, 8, [32]) == Limits(units=12, least=2, step=1)  # heads of 32: any number of them fits
+    assert limits(64, 64, 0.1, 8, [1, 4]).step == 8
+    assert limits(64, 64, 0.1, 8, [4]).step == 2
 
 
 def test_a_step_fits_all_widths_at_once():
-    assert limits(60, 0.0, 12, [4, 3]).step == 12  # 3 units for the one, 4 for the other
+    assert limits(60, 60, 0.0, 12, [4, 3]).step == 12  # 3 units for the one, 4 for the other
 
 
 def test_a_group_with_fewer_than_two_steps_gives_up_single_units():
-    assert limits(15, 0.1, 8, [1]).step == 1
-    assert limits(16, 0.1, 8, [1]).step == 8
+    assert limits(15, 15, 0.1, 8, [1]).step == 1
+    assert limits(16, 16, 0.1, 8, [1]).step == 8
+
+
+def test_a_group_that_earlier_rounds_cut_keeps_its_step_and_its_least_share():
+    assert limits(8, 64, 0.1, 8, [1]) == Limits(units=8, least=7, step=8)
+    assert limits(8, 64, 0.1, 8, [1]).allowed(3) == 8
+    assert limits(8, 64, 0.25, 1, [1]) == Limits(units=8, least=8, step=1)
 
 
 @pytest.mark.parametrize(("wanted", "kept"), [(64, 64), (63, 64), (59, 56), (60, 64), (3, 8), (0, 8), (100, 64)])
@@ -57,7 +63,7 @@ def test_the_price_is_met_and_no_step_more_would_fit(
     units: list[int], share: float, multiple: int, seed: int, rank: bool
 ):
     cost = price(units)
-    bounds = [limits(count, 0.1, multiple, [1]) for count in units]
+    bounds = [limits(count, count, 0.1, multiple, [1]) for count in units]
     target = share * cost(units)
     scores = [np.random.default_rng(seed + place).random(count) for place, count in enumerate(units)]
     kept = by_rank(scores, bounds, cost, target) if rank else by_share(bounds, cost, target)
@@ -75,7 +81,7 @@ def test_the_price_is_met_and_no_step_more_would_fit(
 
 
 def test_the_group_with_the_lower_scores_gives_more():
-    bounds = [limits(10, 0.1, 1, [1])] * 2
+    bounds = [limits(10, 10, 0.1, 1, [1])] * 2
     low, high = np.linspace(0, 1, 10), np.linspace(10, 11, 10)
     assert list(by_rank([low, high], bounds, lambda kept: float(sum(kept)), 12)) == [2, 10]
     assert list(by_share(bounds, lambda kept: float(sum(kept)), 12)) == [6, 6]

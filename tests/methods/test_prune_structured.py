@@ -195,6 +195,17 @@ def test_rounds_too_small_for_a_whole_step_do_not_end_the_method():
     assert ctx.record.changed
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 6])
+def test_widths_and_shares_hold_over_all_rounds(rounds: int):
+    task = wide_task()
+    whole = task.fresh()
+    for settings in ({"multiple": 16}, {"min_keep": 0.5, "multiple": 1}):
+        model, _ = pruned(task, keep=0.1, rounds=rounds, **settings)
+        widths = {name: getattr(model, name).out_channels for name in ("stem", "inner", "back")}
+        least = {name: getattr(whole, name).out_channels * settings.get("min_keep", 0) for name in widths}
+        assert all(width % settings["multiple"] == 0 and width >= least[name] for name, width in widths.items())
+
+
 def test_retraining_heals():
     task = conv_task()
     settings: dict[str, Any] = {"keep": 0.5, "score": "l2", "recalibrate": False}

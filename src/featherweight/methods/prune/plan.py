@@ -29,15 +29,16 @@ class Limits:
         return min(self.units, max(nearest, ceil(self.least / self.step) * self.step))
 
 
-def limits(units: int, least: float, multiple: int, widths: Sequence[int]) -> Limits:
-    """The limits of a group of `units`, of which a share of `least` must stay, and at least one.
+def limits(units: int, whole: int, least: float, multiple: int, widths: Sequence[int]) -> Limits:
+    """The limits of a group of `units` that had `whole` before anything was cut; a share `least` of these must stay,
+    and at least one.
 
     `widths` are the indices per unit along each dimension that the group cuts: enough units go together to change
-    every width by a multiple of `multiple`. A group that has fewer than two such steps is too small for that, and
+    every width by a multiple of `multiple`. A group that had fewer than two such steps is too small for that, and
     gives up single units.
     """
     step = lcm(*(multiple // gcd(multiple, width) for width in widths))
-    return Limits(units, max(1, ceil(least * units)), step if units >= 2 * step else 1)
+    return Limits(units, min(units, max(1, ceil(least * whole))), step if whole >= 2 * step else 1)
 
 
 def by_rank(scores: Sequence[NDArray[np.float64]], bounds: Sequence[Limits], price: Price, target: float) -> Counts:

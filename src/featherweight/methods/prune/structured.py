@@ -27,7 +27,13 @@ from .plan import Limits, Price, by_rank, by_share, limits
 from .scores import l1, l2, relative, slices
 
 Scores = dict[int, Tensor]  # group -> one score per unit
+Units = dict[Slot, int]  # (tensor, dimension) -> units of its group before the first round
 SHORT = 0.02  # how far from the asked share a result may end without a warning
+
+
+def unit_counts(coupling: Coupling) -> Units:
+    """How many units the group of each slot has."""
+    return {slot: len(group) for group in coupling.groups for slot in group.places}
 
 
 class StructuredPrune(LayerStep, kind="prune.structured"):
@@ -72,12 +78,14 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
         for glob in unused(model, (nn.Module,), self.only, self.skip):
             ctx.warn(f"{self.kind}: no layer matches {glob!r}")
         start, whole, reached, coupling = shell(model), 0.0, 1.0, None
+        units: Units = {}
         for turn in range(1, self.rounds + 1):
             ctx.progress.say(f"{self.kind}: round {turn} of {self.rounds}")
             coupling = couple(model, ctx.example)
-            price = self._price(model, start, ctx, coupling)
+            units = units or unit_counts(coupling)
+            price = self._price(model, start, ctx, coupling, units)
             whole = whole or price(np.array([len(group) for group in coupling.groups]))
-            found = self._round(model, ctx, coupling, price, whole, self.keep ** (turn / self.rounds))
+            found = self._round(model, ctx, coupling, units, price, whole, self.keep ** (turn / self.rounds))
             if found is None:  # nothing to heal; the next round asks for more, which may be worth a whole step
                 continue
             reached = found
@@ -99,32 +107,39 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
             )
         return model.eval()
 
-    def _price(self, model: nn.Module, start: nn.Module, ctx: Context, coupling: Coupling) -> Price:
+    def _price(self, model: nn.Module, start: nn.Module, ctx: Context, coupling: Coupling, units: Units) -> Price:
         if self.of == "latency":
-            bounds = self._bounds(ctx, coupling, self._eligible(model, coupling))
+            bounds = self._bounds(ctx, coupling, units, self._eligible(model, coupling))
             return measure(model.eval(), start, ctx, coupling, bounds)
         return parameters(coupling) if self.of == "parameters" else macs(coupling)
 
-    def _bounds(self, ctx: Context, coupling: Coupling, places: list[int]) -> dict[int, Limits]:
-        """How many units each of these groups may keep."""
-        return {
-            place: limits(
-                len(coupling.groups[place]), self.min_keep, self._multiple(ctx), widths(coupling.groups[place])
-            )
-            for place in places
-        }
+    def _bounds(self, ctx: Context, coupling: Coupling, units: Units, places: list[int]) -> dict[int, Limits]:
+        """How many units each of these groups may keep; `units` are those that they had before the first round."""
+        found = {}
+        for place in places:
+            group = coupling.groups[place]
+            whole = max(units.get(slot, len(group)) for slot in group.places)
+            found[place] = limits(len(group), whole, self.min_keep, self._multiple(ctx), widths(group))
+        return found
 
     def _multiple(self, ctx: Context) -> int:
         return self.multiple or max(1, ctx.width_multiple)
 
     def _round(
-        self, model: nn.Module, ctx: Context, coupling: Coupling, price: Price, whole: float, share: float
+        self,
+        model: nn.Module,
+        ctx: Context,
+        coupling: Coupling,
+        units: Units,
+        price: Price,
+        whole: float,
+        share: float,
     ) -> float | None:
         """Remove what must go for `price` to come down to `share` of `whole`; return the share that was reached, None
         if nothing went.
         """
         scores = self._scores(model, ctx, coupling, self._eligible(model, coupling))
-        cut = self._plan(ctx, coupling, price, scores, share * whole)
+        cut = self._plan(ctx, coupling, units, price, scores, share * whole)
         cut, failed = agreeing(
             coupling, copy.deepcopy(model).cpu(), {name: tensor.cpu() for name, tensor in ctx.example.items()}, cut
         )
@@ -143,12 +158,12 @@ class StructuredPrune(LayerStep, kind="prune.structured"):
                 chosen.append(place)
         return chosen
 
-    def _plan(self, ctx: Context, coupling: Coupling, price: Price, scores: Scores, target: float) -> Cut:
+    def _plan(self, ctx: Context, coupling: Coupling, units: Units, price: Price, scores: Scores, target: float) -> Cut:
         """Which units of which groups to remove."""
         if not scores:
             return {}
         places = sorted(scores)
-        bounds = list(self._bounds(ctx, coupling, places).values())
+        bounds = list(self._bounds(ctx, coupling, units, places).values())
         everything = np.array([len(group) for group in coupling.groups])
 
         def price_of(kept: NDArray[np.int64]) -> float:
