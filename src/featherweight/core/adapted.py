@@ -20,7 +20,8 @@ class Adapted(nn.Module):
     `free` says which dimension of an adapter's tensor (by its name in this module) an adapter chooses for itself, such
     as the rank. In an artifact of a target that can switch adapters these tensors are inputs. A tensor called "gain" of
     ones, and any other of zeros or of size 0, stands for no adapter. A subclass keeps the arguments of its constructor
-    as attributes of the same names; `base` is put in afterwards.
+    as attributes of the same names; `base` is put in afterwards. Those that are integers or booleans show in the shapes
+    of its tensors or in which there are; an artifact computes with all others as it was exported.
     """
 
     kinds: ClassVar[dict[str, type[Adapted]]] = {}
@@ -47,9 +48,9 @@ class Adapted(nn.Module):
         return {name: tensor for name, tensor in self.named_parameters() if not name.startswith(f"{BASE}.")}
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Every module of `model` that holds an adapter, by full name."""
-    for name, module in model.named_modules():
+def adapted(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, Adapted]]:
+    """Every module of `model` that holds an adapter, by full name; with `aliases` under each name that it has."""
+    for name, module in model.named_modules(remove_duplicate=not aliases):
         if isinstance(module, Adapted):
             yield name, module
 
@@ -81,8 +82,9 @@ def base_digest(model: nn.Module) -> str:
 
     Equal for a model and for the same model with any adapters on it: an adapter belongs to the base with this digest.
     """
-    prefixes = sorted((name for name, _ in adapted(model)), key=len, reverse=True)
-    own = set(adapter_tensors(model))
+    places = dict(adapted(model, aliases=True))
+    prefixes = sorted(places, key=len, reverse=True)
+    own = {_join(prefix, name) for prefix, module in places.items() for name in module.own()}
     tensors = {name: each.detach().cpu() for name, each in model.state_dict().items() if name not in own}
     return tensor_digest({_without(name, prefixes): each for name, each in tensors.items()})
 

@@ -78,12 +78,19 @@ class AdapterFile:
             raise ArtifactError(f"the adapter file {path} was altered (its digest differs); write it again")
         return found
 
-    def fitting(self, base: str, slots: Slots, path: str | Path) -> dict[str, np.ndarray]:
+    def fitting(self, base: str, slots: Slots, places: Places, path: str | Path) -> dict[str, np.ndarray]:
         """A tensor for each slot of a base: this file's, and what stands for no adapter where it has none.
 
-        Raises `ArtifactError` if the file belongs to another base, or a tensor of it fits no slot.
+        `places` are those of the adapter that the slots were made for. Raises `ArtifactError` if the file belongs to
+        another base, a tensor of it fits no slot, or an adapter of it computes something else with its tensors.
         """
         self.check_base(base, path)
+        for place, own in self.places.items():
+            if place in places and _computed(own) != _computed(places[place]):
+                raise ArtifactError(
+                    f"the adapter {path} has a {_shown(own)} at {place!r}, where this artifact computes a "
+                    f"{_shown(places[place])}; export the base with an adapter of that kind on that layer"
+                )
         for name, tensor in self.tensors.items():
             if name not in slots:
                 raise ArtifactError(
@@ -104,6 +111,17 @@ class AdapterFile:
                 f"the adapter {path} belongs to another base (digest {self.base[:12]}, this one's is {base[:12]}); "
                 "train it on this one"
             )
+
+
+def _computed(place: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """What an adapter computes, whatever its sizes, which its tensors show."""
+    kind, settings = place
+    return kind, {name: value for name, value in settings.items() if not isinstance(value, int)}
+
+
+def _shown(place: tuple[str, dict[str, Any]]) -> str:
+    kind, settings = _computed(place)
+    return f"{kind} ({', '.join(f'{name}: {value}' for name, value in settings.items())})" if settings else kind
 
 
 def _fits(shape: tuple[int, ...], slot: list[int]) -> bool:

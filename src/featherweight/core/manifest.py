@@ -55,6 +55,7 @@ class Manifest(BaseModel):
     dense: list[str] = []
     base: str = ""  # digest of the base that the adapters of this artifact belong to
     slots: dict[str, list[int]] = {}  # tensors of adapters that can be exchanged; -1 where an adapter chooses the size
+    places: dict[str, tuple[str, dict[str, Any]]] = {}  # layer -> what its slots are computed with
     evidence: dict[str, Any] = {}
     work: Work
     agreement: Agreement

@@ -90,6 +90,11 @@ class Artifact:
         return Runner(self.target.load(self.file, threads), self.manifest)
 
 
+def tensors_for(manifest: Manifest, adapter: str | Path) -> dict[str, np.ndarray]:
+    """What stands in an artifact's slots with the adapter in this file; raises `ArtifactError` if it does not fit."""
+    return AdapterFile.read(adapter).fitting(manifest.base, manifest.slots, manifest.places, adapter)
+
+
 class Runner:
     """A loaded artifact: called with arrays or tensors by position or name, it gives numpy arrays in the torch model's
     layout.
@@ -103,13 +108,13 @@ class Runner:
 
         Raises `ArtifactError` for a file of another base, or one that does not fit.
         """
-        slots, base = self.manifest.slots, self.manifest.base
+        slots = self.manifest.slots
         if not slots or not isinstance(self.session, Switching):
             raise ArtifactError(
                 "this artifact has no adapter to switch: export a model with adapters kept beside their layers "
                 "(merge: false) to onnxruntime"
             )
-        self.session.use(none(slots) if adapter is None else AdapterFile.read(adapter).fitting(base, slots, adapter))
+        self.session.use(none(slots) if adapter is None else tensors_for(self.manifest, adapter))
 
     def prepare(self, *args: Any, **kwargs: Any) -> dict[str, np.ndarray]:
         """The inputs by name, as contiguous arrays of the artifact's types.
@@ -290,6 +295,7 @@ class Target(BaseModel, ABC):
             dense=dense,
             base=adapter.base if slots and adapter is not None else "",
             slots=slots,
+            places=adapter.places if slots and adapter is not None else {},
             evidence=self.evidence(path),
             work=self.work(path, arrays),
             agreement=agreement,

@@ -13,7 +13,7 @@ from ..core.errors import ArtifactError, TaskError
 from ..core.soft import copied
 from .layers import ADAPTERS, believed, make
 from .linears import opened, opened_tables
-from .replacing import replaced
+from .replacing import exchanged
 
 
 def save_adapter(model: nn.Module, file: str | Path) -> Path:
@@ -43,8 +43,11 @@ def load_adapter(model: nn.Module, file: str | Path) -> nn.Module:
             raise ArtifactError(f"the adapter {file} is a {kind}, which this version of featherweight does not know")
         with believed(f"the adapter {file}"):
             around = make(kind, dict(settings)).to_empty(device="cpu")
-            around.base = made.get_submodule(place) if place else made
-            made = replaced(made, place, around)
+            base = made.get_submodule(place) if place else made
+            if isinstance(weight := getattr(base, "weight", None), torch.Tensor):
+                around.to(weight.dtype)
+            around.base = base
+            made = exchanged(made, place, around)
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     with believed(f"the adapter {file}"), torch.no_grad():
         parameters = dict(made.named_parameters())
@@ -69,5 +72,5 @@ def without_adapters(model: nn.Module) -> nn.Module:
     while (place := next((name for name, _ in adapted(made)), None)) is not None:
         module = made.get_submodule(place)
         assert isinstance(module, Adapted)
-        made = replaced(made, place, module.base)
+        made = exchanged(made, place, module.base)
     return made

@@ -47,7 +47,7 @@ class Replacing(LayerStep):
         """The model with other layers in place of the chosen ones, not trained."""
         found = self.chosen(model, ctx)
         for name, made in self.made(found, model, ctx):
-            model = replaced(model, name, made.module.to(ctx.device))
+            model = exchanged(model, name, made.module.to(ctx.device))
             ctx.change(name, made.how)
         if self.recalibrate and ctx.record.changed:
             recalibrate(model, ctx)
@@ -140,4 +140,18 @@ def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
         return module
     parent, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(parent), attribute, module)
+    return model
+
+
+def holders(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every module of `model` that has this very module as a part, and by which name."""
+    return [(each, name) for each in model.modules() for name, part in each._modules.items() if part is module]
+
+
+def exchanged(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """`model`, in place, with `module` wherever the one under this name is: a model may hold one under several."""
+    if not name:
+        return module
+    for holder, attribute in holders(model, model.get_submodule(name)):
+        setattr(holder, attribute, module)
     return model

@@ -11,11 +11,13 @@ from torch import nn
 from featherweight import load_adapter, save_adapter
 from featherweight.core.adapted import adapter_tensors, base_digest
 from featherweight.core.context import Context, run_recipe, run_step
+from featherweight.core.data import Arrays
 from featherweight.core.errors import ArtifactError, MissingExtra, RecipeError, TaskError
 from featherweight.core.recipe import Recipe
 from featherweight.core.soft import copied, encodings
 from featherweight.core.step import step
 from featherweight.core.target import target
+from featherweight.core.task import Task
 from featherweight.methods.adapt import merging
 from featherweight.model.adapter_files import without_adapters
 from featherweight.model.adapters import LowRank
@@ -141,6 +143,15 @@ def test_rounding_again_is_no_worse_than_nearest():
     assert torch.equal(same.values, stored.values) and torch.equal(same.scale, stored.scale)
 
 
+def test_a_second_adapter_stands_beside_the_base_not_beside_the_first():
+    made = adapted("float32", only="head,wide", rank=2)
+    ctx = Context(transformer_task(), device=CPU)
+    _, record = run_step(step("adapt.lora", rank=3, **KEPT), copied(made), ctx)
+    left = {each.layer: each.reason for each in record.left}
+    assert {"head.base", "wide.base", "narrow"} <= set(record.changed)
+    assert left["head.down"] == left["head.up"] == "is part of the adapter on 'head'"
+
+
 # -- files and switching -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", BASES)
 def test_adapters_of_unlike_ranks_switch_over_one_loaded_base(form, tmp_path):
@@ -163,13 +174,14 @@ def test_adapters_of_unlike_ranks_switch_over_one_loaded_base(form, tmp_path):
 def test_onnxruntimes_own_adapter_file_runs_the_same(tmp_path):
     import onnxruntime
 
-    from featherweight.core.adapter import AdapterFile
     from featherweight.targets.onnxruntime.slots import native
 
     first, second = adapted("int4"), adapted("int4", rank=2)
     artifact = target("onnxruntime").export(first, transformer_task().example, tmp_path / "base")
     file = save_adapter(second, tmp_path / "second.safetensors")
-    native(AdapterFile.read(file), artifact.manifest.slots, str(tmp_path / "second.onnx_adapter"))
+    native(file, artifact, tmp_path / "second.onnx_adapter")
+    with pytest.raises(ArtifactError, match="belongs to another base"):
+        native(save_adapter(adapted("float32"), tmp_path / "other.safetensors"), artifact, tmp_path / "other")
     adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     adapter.Load(str(tmp_path / "second.onnx_adapter"))
     options.add_active_adapter(adapter)
@@ -200,6 +212,72 @@ def test_a_file_put_back_on_the_base_gives_equal_outputs(kind, settings, tmp_pat
     assert file.stat().st_size < 4 * sum(each.numel() for each in adapter_tensors(made).values()) + 8192
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("adapt.lora", {"merge": False}), ("adapt.ia3", {"merge": False}), ("adapt.bottleneck", {})]
+)
+def test_a_base_of_halves_has_adapters_of_halves(kind, settings, tmp_path):
+    task = transformer_task()
+    splits = {}
+    for name in ("train", "calibrate", "validate", "test"):
+        given, labels = getattr(task, name).tensors
+        splits[name] = Arrays(given.bfloat16(), labels)
+    task = Task(name="halves", model=copied(task.original).bfloat16(), batch_size=64, **splits)
+    model, _ = run_step(step(kind, epochs=1, lr=0.01, **settings), task.fresh(), Context(task, device=CPU))
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    again = load_adapter(task.original, save_adapter(model, tmp_path / "file"))
+    assert torch.equal(again(images().bfloat16()), model(images().bfloat16()))
+
+
+class Twice(nn.Module):
+    """One layer under two names, and one block of two layers under two: N x 8 x 8 to N x 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.block, self.head = (
+            nn.Linear(64, 64),
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU()),
+            nn.Linear(64, 10),
+        )
+        self.other, self.again = self.one, self.block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.again(self.block(torch.relu(self.other(torch.relu(self.one(x.flatten(1))))))))
+
+
+@functools.cache
+def twice() -> Task:
+    torch.manual_seed(0)
+    given = transformer_task()
+    splits = {name: getattr(given, name) for name in ("train", "calibrate", "validate", "test")}
+    return Task(name="twice", model=Twice().eval(), **splits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("adapt.lora", {"merge": False}), ("adapt.ia3", {"merge": False}), ("adapt.bottleneck", {})]
+)
+def test_a_layer_under_two_names_has_its_adapter_under_both(kind, settings, tmp_path):
+    task = twice()
+    model, _ = run_step(step(kind, epochs=1, lr=0.01, **settings), task.fresh(), Context(task, device=CPU))
+    assert model.one is model.other and model.block is model.again
+    assert type(model.one) is type(model.block[0]) is not nn.Linear
+    file = save_adapter(model, tmp_path / "file")
+    again = load_adapter(task.original, file)
+    assert base_digest(model) == base_digest(task.original) and close(again, model, 0)
+    runner = target("onnxruntime").export(model, task.example, tmp_path / "base").open()
+    runner.use(file)
+    assert np.abs(runner(images()) - model(images()).detach().numpy()).max() < 1e-4
+    runner.use(None)
+    assert np.abs(runner(images()) - task.original(images()).detach().numpy()).max() < 1e-4
+
+
+def test_merged_into_a_layer_under_two_names_the_outputs_stay():
+    task, outputs = twice(), []
+    for merge in (None, False):
+        item = step("adapt.lora", epochs=1, lr=0.01, merge=merge)
+        outputs.append(run_step(item, task.fresh(), Context(task, device=CPU))[0](images()))
+    assert torch.allclose(*outputs, atol=1e-5)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 def test_an_adapter_for_another_base_is_refused(tmp_path):
     file = save_adapter(adapted("int4"), tmp_path / "adapter.safetensors")
@@ -208,6 +286,33 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
         runner.use(file)
     with pytest.raises(ArtifactError, match="belongs to another base"):
         load_adapter(base("int8"), file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "other", "given", "words"),
+    [
+        (
+            "bottleneck",
+            {},
+            "bottleneck",
+            {"activation": "relu"},
+            r"has a Bottleneck \(activation: relu\) at 'attend.out'",
+        ),
+        ("ia3", {"inputs": ["attend.out"]}, "ia3", {}, r"computes a Scaled \(of: inputs\); export the base with"),
+        ("bottleneck", {}, "lora", {}, "has a LowRank at 'attend.out', where this artifact computes a Bottleneck"),
+    ],
+)
+def test_an_adapter_that_computes_otherwise_is_refused_though_its_sizes_fit(
+    kind, settings, other, given, words, tmp_path
+):
+    def made(name: str, given: dict) -> nn.Module:
+        settings = {"only": "attend.out", "epochs": 1, **({} if name == "bottleneck" else {"merge": False}), **given}
+        item = step(f"adapt.{name}", **settings)
+        return run_step(item, copied(base("float32")), Context(transformer_task(), device=CPU))[0]
+
+    runner = target("onnxruntime").export(made(kind, settings), transformer_task().example, tmp_path / "base").open()
+    with pytest.raises(ArtifactError, match=words):
+        runner.use(save_adapter(made(other, given), tmp_path / "file"))
 
 
 def test_damaged_files_and_models_without_adapters_are_refused(tmp_path):
@@ -245,6 +350,7 @@ def test_damaged_files_and_models_without_adapters_are_refused(tmp_path):
             "there is no linear layer 'attend.nothing'; the first of the model are: attend.key",
         ),
         ({"skip": ["nowhere"]}, "there is no linear layer 'nowhere'"),
+        ({"kind": "adapt.ia3", "inputs": ["nowhere"]}, "there is no linear layer 'nowhere'"),
     ],
 )
 def test_bad_settings_are_one_clear_line(settings, words):

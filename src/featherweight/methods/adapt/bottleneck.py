@@ -10,7 +10,7 @@ from torch import nn
 from featherweight.core.context import Context
 from featherweight.core.errors import RecipeError
 from featherweight.model.adapters import Bottleneck
-from featherweight.model.replacing import replaced
+from featherweight.model.replacing import exchanged
 
 from .training import AdapterStep
 
@@ -40,7 +40,7 @@ class BottleneckAdapters(AdapterStep, kind="adapt.bottleneck"):
         trained: list[nn.Parameter] = []
         for name, layer in layers.items():
             made = self._behind(layer).to(ctx.device)
-            model = replaced(model, name, made)
+            model = exchanged(model, name, made)
             trained += [each for own, each in made.named_parameters() if not own.startswith("base.")]
             ctx.change(name, f"a bottleneck of {made.size} behind it")
         loss = self.learn(model, trained, ctx)
@@ -50,5 +50,5 @@ class BottleneckAdapters(AdapterStep, kind="adapt.bottleneck"):
 
     def _behind(self, layer: nn.Linear) -> Bottleneck:
         made = Bottleneck(layer.out_features, min(self.size, max(1, layer.out_features // 2)), self.activation)
-        made.base = layer
+        made.to(layer.weight.dtype).base = layer
         return made

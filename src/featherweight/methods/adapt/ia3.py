@@ -33,11 +33,13 @@ class ActivationScaling(MergingStep, kind="adapt.ia3"):
         layers = self.chosen(model, ctx)
         if not layers:
             return model
+        for glob in self.inputs:
+            self.check_name(glob, layers, layers, ctx)
         of_inputs = [name for name in layers if any(fnmatchcase(name, glob) for glob in self.inputs)]
         config = peft.library().IA3Config(
             target_modules=peft.pattern(layers), feedforward_modules=peft.pattern(of_inputs) if of_inputs else []
         )
-        model = peft.put_around(model, config)
+        model = peft.put_around(model, config, layers)
         around: list[Any] = [model.get_submodule(name) for name in layers]
         loss = self.learn(model, [layer.ia3_l[peft.ADAPTER] for layer in around], ctx)
         for name, made in peft.taken_off(model, layers, _turned).items():
@@ -50,7 +52,7 @@ def _turned(layer: Any) -> Scaled:
     """What stays of peft's layer."""
     factors = layer.ia3_l[peft.ADAPTER].detach().flatten()
     made = Scaled(len(factors), "inputs" if layer.is_feedforward else "outputs")
-    made.base = layer.base_layer
+    made.to(factors.device, layer.base_layer.weight.dtype).base = layer.base_layer
     with torch.no_grad():
         made.gain.copy_(factors)
-    return made.to(factors.device).eval()
+    return made.eval()

@@ -40,7 +40,7 @@ class LowRankAdaptation(MergingStep, kind="adapt.lora"):
         if not layers:
             return model
         ranks = self._ranks(layers)
-        model = peft.put_around(model, self._config(layers, ranks))
+        model = peft.put_around(model, self._config(layers, ranks), layers)
         around = [model.get_submodule(name) for name in layers]
         trained = [each for layer in around for each in _own(layer)]
         loss = self.learn(model, trained, ctx)

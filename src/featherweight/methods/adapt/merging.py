@@ -21,6 +21,7 @@ from featherweight.model.held import HeldIntegers
 from featherweight.model.masks import links_of, plain_weight
 from featherweight.model.matrices import sharers
 from featherweight.model.moments import observe
+from featherweight.model.replacing import exchanged
 from featherweight.model.rounding import Rounding
 
 from .training import AdapterStep
@@ -133,8 +134,7 @@ def merge_rounded(model: nn.Module, name: str, hessian: Tensor | None) -> None:
 def _put(model: nn.Module, name: str, layer: nn.Linear, bias: Tensor | None) -> None:
     if bias is not None and not (layer.bias is not None and torch.equal(bias, layer.bias)):
         layer.bias = nn.Parameter(bias.detach().clone(), layer.bias is None or layer.bias.requires_grad)
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, layer)
+    exchanged(model, name, layer)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from featherweight.core.registry import need
+from featherweight.model.replacing import exchanged, holders
 
 ADAPTER = "default"  # the name that peft gives to a first adapter
 
@@ -24,14 +25,19 @@ def pattern(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def put_around(model: nn.Module, config: Any) -> nn.Module:
-    """`model`, in place, with peft's layers around those that `config` names; what was trained before still is."""
+def put_around(model: nn.Module, config: Any, names: Iterable[str]) -> nn.Module:
+    """`model`, in place, with peft's layers around these, as `config` says; what was trained before still is."""
     before = [(each, each.requires_grad) for each in model.parameters()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of tied weights, which only matter where adapters are merged
         model = library().inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for each, was in before:  # peft freezes the base for good
         each.requires_grad_(was)
+    for name in names:  # peft finds a layer under the first of its names only
+        layer: Any = model.get_submodule(name)
+        for holder, attribute in holders(model, layer.base_layer):
+            if holder is not layer:
+                setattr(holder, attribute, layer)
     return model
 
 
@@ -40,6 +46,5 @@ def taken_off(model: nn.Module, names: Iterable[str], turned: Callable[[Any], nn
     made = {}
     for name in names:
         made[name] = turned(model.get_submodule(name))
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, made[name])
+        exchanged(model, name, made[name])
     return made

@@ -16,7 +16,7 @@ from featherweight.core.data import tensors_in
 from featherweight.core.errors import TaskError
 from featherweight.model.linears import opened_tables
 from featherweight.model.prompts import Prefix, Prompt, Prompted, inputs_of
-from featherweight.model.replacing import replaced
+from featherweight.model.replacing import exchanged
 from featherweight.model.select import excluded
 
 from .training import AdapterStep, LearningStep
@@ -45,7 +45,7 @@ class PromptTuning(LearningStep, kind="adapt.prompt"):
         with torch.no_grad():
             made.prompt.copy_(table(_drawn(table.num_embeddings, self.tokens, ctx)))
         made.base = table
-        replaced(wrapper, name, made.to(ctx.device))
+        exchanged(wrapper, name, made.to(ctx.device))
         loss = self.learn(wrapper, [made.prompt], ctx)
         where = name.removeprefix("base.")
         ctx.change("*", f"{self.tokens} trained vectors of {made.width} in front, behind {where}, last loss {loss:.4g}")
@@ -79,7 +79,7 @@ class PrefixTuning(AdapterStep, kind="adapt.prefix"):
             made.base = layer
             with torch.no_grad():
                 made.prompt.copy_(start)
-            replaced(wrapper, f"base.{name}", made.to(ctx.device))
+            exchanged(wrapper, f"base.{name}", made.to(ctx.device))
             trained.append(made.prompt)
         loss = self.learn(wrapper, trained, ctx)
         for name in layers:

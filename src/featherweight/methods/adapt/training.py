@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from featherweight.core.adapted import BASE, adapted
 from featherweight.core.context import Context
 from featherweight.core.errors import RecipeError, TaskError
 from featherweight.core.files import tensor_digest
@@ -52,7 +53,7 @@ class AdapterStep(LayerStep, LearningStep):
         self.check_names(model, {*found, *reasons}, ctx)
         chosen = []
         for name in {**found, **reasons}:
-            reason = excluded(name, self.only, self.skip) or reasons.get(name)
+            reason = excluded(name, self.only, self.skip) or reasons.get(name) or _within_adapter(name, model)
             if reason is None:
                 chosen.append(name)
             else:
@@ -72,12 +73,25 @@ class AdapterStep(LayerStep, LearningStep):
         usual = type(self).model_fields["only"].default
         asked = () if self.only == usual else patterns(self.only)
         for text, names in [*((each, layers) for each in asked), *((each, modules) for each in self.skip)]:
-            if any(sign in text for sign in "*?["):
-                if not any(excluded(name, text) is None for name in names):
-                    ctx.warn(f"{self.kind}: no layer matches {text!r}")
-            elif text not in names:
-                some = ", ".join(sorted(layers)[:5])
-                raise RecipeError(f"{self.kind}: there is no linear layer {text!r}; the first of the model are: {some}")
+            self.check_name(text, names, layers, ctx)
+
+    def check_name(self, text: str, names: Collection[str], known: Collection[str], ctx: Context) -> None:
+        """Raise `RecipeError` for a name that is none of `names`, and show some `known` ones; warn of such a glob."""
+        if any(sign in text for sign in "*?["):
+            if not any(excluded(name, text) is None for name in names):
+                ctx.warn(f"{self.kind}: no layer matches {text!r}")
+        elif text not in names:
+            some = ", ".join(sorted(known)[:5])
+            raise RecipeError(f"{self.kind}: there is no linear layer {text!r}; the first of the model are: {some}")
+
+
+def _within_adapter(name: str, model: nn.Module) -> str | None:
+    """Why a layer of an adapter that was kept gets none of its own; None for one of the base."""
+    for place, _ in adapted(model):
+        start = f"{place}." if place else ""
+        if name.startswith(start) and not name.startswith(f"{start}{BASE}.") and name != f"{start}{BASE}":
+            return f"is part of the adapter on {place!r}"
+    return None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from ...model.imitation import block_errors, enclosing, imitate
 from ...model.matrices import Matrix
 from ...model.moments import observe
 from ...model.recalibrate import recalibrate
-from ...model.replacing import Made, Replacing, filled, pointwise, replaced
+from ...model.replacing import Made, Replacing, exchanged, filled, pointwise
 from .budget import Option, chosen, layer_macs
 from .separable import energy, fitted, output_error, product
 
@@ -136,7 +136,7 @@ class SeparableConvolutions(Replacing, kind="substitute.separable"):
         shape, many = matrix.parameter().shape, self.multiplier if self.keep is None else 1
         depth, point = torch.zeros(shape[1], many, shape[2:].numel()), torch.zeros(shape[0], shape[1], many)
         made = _layers(matrix.layer, Option(many, depth, point, 0.0, depth), False)
-        return replaced(copy.deepcopy(model), matrix.name, made)
+        return exchanged(copy.deepcopy(model), matrix.name, made)
 
     def _taught(self, model: nn.Module, before: nn.Module, ctx: Context) -> nn.Module:
         """The model with its blocks trained, and those that miss too much put back."""
@@ -156,7 +156,7 @@ class SeparableConvolutions(Replacing, kind="substitute.separable"):
                 ctx.leave(layer, f"put back: {text} after it was taught (max_error={self.max_error:g})")
         for block in names:
             if errors[block] > self.max_error:
-                model = replaced(model, block, copied(before.get_submodule(block)))
+                model = exchanged(model, block, copied(before.get_submodule(block)))
         return model
 
 

@@ -21,7 +21,7 @@ from ...model.grouped import GroupedHeads
 from ...model.imitation import missed
 from ...model.matrices import sharers
 from ...model.moments import observe
-from ...model.replacing import called, replaced
+from ...model.replacing import called, exchanged
 from ...model.select import LayerStep, excluded
 from .heads import balanced, damped, missed_share, outward, pooled, shared
 
@@ -93,7 +93,7 @@ class GroupedQueries(LayerStep, kind="substitute.queries"):
         """Put fewer heads in place; the names of the layers that were changed."""
         moments = observe(model, list(dict.fromkeys((found.query, found.key, found.value))), ctx)
         seen = {name: each.mean()[0].double() for name, each in moments.items()}
-        notes: list[str] = []
+        notes: dict[str, str] = {}
         if self.fit == "least_squares":
             found, notes = self._fitting(found, seen, model, ctx)
         fitted = self.fit == "least_squares"
@@ -104,9 +104,9 @@ class GroupedQueries(LayerStep, kind="substitute.queries"):
             old: Any = model.get_submodule(name)
             made = GroupedHeads(weight.shape[1], few, width, self.pool, bias is not None).to(old.weight)
             _fill(made, {"heads": (weight, bias)})
-            replaced(model, name, made)
+            exchanged(model, name, made)
             how = f"{errors[name]:.1%} of what they do missed" if name in errors else f"means of {self.pool}"
-            ctx.change(name, "; ".join([f"{found.heads} heads to {few}, {how}", *notes]))
+            ctx.change(name, f"{found.heads} heads to {few}, {how}" + (f"; {notes[name]}" if name in notes else ""))
         _fill(model, values)
         for name in values:
             ctx.change(name, f"matched to fewer heads of {'keys' if name == found.query else 'values'}")
@@ -114,27 +114,29 @@ class GroupedQueries(LayerStep, kind="substitute.queries"):
 
     def _fitting(
         self, found: Attention, seen: Mapping[str, Tensor], model: nn.Module, ctx: Context
-    ) -> tuple[Attention, list[str]]:
-        """The attention as far as layers can be matched, and what cannot. That the layers do what is thought of them is
-        tried: with as many heads as before the outputs must stay.
+    ) -> tuple[Attention, dict[str, str]]:
+        """The attention as far as layers can be matched, and why its keys or its values, by name, cannot be.
+
+        That the layers do what is thought of them is tried: with as many heads as before the outputs must stay.
         """
-        notes: list[str] = []
+        notes: dict[str, str] = {}
         if found.turned:
-            notes.append("keys are turned between their layer and the product")
+            notes[found.key] = "keys are turned between their layer and the product"
         elif reason := _unfit(found.query, model, ctx):
-            notes.append(f"{found.query} {reason}")
+            notes[found.key] = f"{found.query} {reason}"
             found = found.with_turned()
         if not found.output:
-            notes.append("no linear layer is right behind the values")
+            notes[found.value] = "no linear layer is right behind the values"
         elif reason := _unfit(found.output, model, ctx):
-            notes.append(f"{found.output} {reason}")
+            notes[found.value] = f"{found.output} {reason}"
             found = found.without_output()
         before, wanted = _held(found, model), first(model(**ctx.example))
         _fill(model, _few(found, before, seen, 1, True)[0])
         equal = bool(missed(first(model(**ctx.example)), wanted) <= EQUAL)
         _fill(model, before)
         if not equal:
-            return found.with_turned().without_output(), [*notes, "matched layers would give something else"]
+            other = dict.fromkeys((found.key, found.value), "matched layers would give something else")
+            return found.with_turned().without_output(), other | notes
         return found, notes
 
 

@@ -41,6 +41,7 @@ def float_graph(model: nn.Module, example: dict[str, Tensor], free: Free, opset:
             made = to_onnx(program, opset, args=(), kwargs=example, custom_translation_table=_translations())
         except torch.onnx.OnnxExporterError as error:
             raise ArtifactError(f"the model cannot be written as ONNX: {_reason(error)}") from error
+        _call_by_first_names(made.graph, model)
         for node in made.graph:
             if node.op_type == "Split" and len(node.inputs) > 1:  # the recorder wants the number, ONNX forbids it
                 node.attributes.pop("num_outputs", None)
@@ -62,6 +63,19 @@ def save(model: ir.Model, path: Path, largest: int) -> None:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
+
+
+def _call_by_first_names(graph: ir.Graph, model: nn.Module) -> None:
+    """Call a parameter that the model holds under several names by the first, as `named_parameters` does; the recorder
+    takes the last.
+    """
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        wanted = first[id(parameter)]
+        if name in graph.initializers and wanted not in graph.initializers:
+            value = graph.initializers.pop(name)
+            value.name = wanted
+            graph.register_initializer(value)
 
 
 def _may_fold(node: ir.Node, parameters: set[str]) -> bool | None:
