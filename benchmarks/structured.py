@@ -53,6 +53,7 @@ PEER = "torch-pruning"
 PACKAGES = ("featherweight", "torch", "onnx", "onnxruntime")
 INT8 = "quantize.static"
 START = "original"
+WITHIN = 0.7  # of the multiply-accumulates stay when channels go before blocks do
 PAGE = """\
 # Benchmarks: structured pruning
 
@@ -104,7 +105,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fewer", type=float, default=2.5, help="times fewer multiply-accumulates")
     parser.add_argument("--seconds", type=float, default=1800, help="budget of each side")
     parser.add_argument("--threads", type=int, default=2, help="of the training")
-    parser.add_argument("--ours", nargs="+", default=["blocks"], choices=list(OURS))
+    parser.add_argument("--ours", nargs="+", default=["both"], choices=list(OURS))
     parser.add_argument("--without-peer", action="store_true", help="run our side alone")
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the training")
@@ -139,7 +140,13 @@ def channels(fewer: float) -> Recipe:
     return Recipe([step("prune.structured", keep=1 / fewer, score="taylor", multiple=16, rounds=4)])
 
 
-OURS: dict[str, Callable[[float], Recipe]] = {"blocks": blocks, "channels": channels}
+def both(fewer: float) -> Recipe:
+    """Channels within blocks of the later stages, in widths that the kernels like, then whole blocks of all stages."""
+    within = step("prune.structured", keep=WITHIN, score="taylor", multiple=16, rounds=4, skip=["conv1", "layer1.*"])
+    return Recipe([within, step("prune.blocks", keep=1 / fewer / WITHIN)])
+
+
+OURS: dict[str, Callable[[float], Recipe]] = {"blocks": blocks, "channels": channels, "both": both}
 
 
 def pruned(name: str, fewer: float, ctx: Context) -> tuple[nn.Module, str]:
