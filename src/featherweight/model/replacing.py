@@ -135,7 +135,7 @@ def called(model: nn.Module, names: list[str], ctx: Context) -> set[str]:
 
 
 def replaced(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """`model`, in place, with `module` under this name; `module` itself if the name is that of the model."""
+    """`model`, in place, with `module` under this name alone; `module` itself if the name is that of the model."""
     if not name:
         return module
     parent, _, attribute = name.rpartition(".")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tasks import blocks_task, conv_task, one_thread  # noqa: F401
+from torch import nn
 
 from featherweight.core.context import Context, fingerprint, run_step
 from featherweight.core.errors import NoEffect, TaskError
@@ -14,6 +15,7 @@ from featherweight.core.fit import Training
 from featherweight.core.outputs import as_arrays
 from featherweight.core.step import step
 from featherweight.core.target import target
+from featherweight.core.task import Task
 from featherweight.methods.substitute.separable import fitted, output_error, product, separated
 from featherweight.model.cost import forward_macs
 from featherweight.model.factored import Factored
@@ -206,3 +208,24 @@ def test_blocks_are_taught_each_for_itself_and_bad_ones_are_put_back():
     assert kept == {name for name in names if after[name] <= limit}
     put_back = {each.layer.rpartition(".")[0] for each in record.left if each.reason.startswith("put back")}
     assert put_back == set(names) - kept and item.training
+
+
+class Twice(nn.Module):
+    """One convolution under two names: N x 1 x 8 x 8 to N x 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+        self.again = self.conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.again(torch.relu(self.conv(torch.relu(self.stem(x))))).mean((2, 3)))
+
+
+def test_a_layer_under_two_names_is_replaced_under_both():
+    torch.manual_seed(0)
+    splits = {name: getattr(conv_task(), name) for name in ("train", "calibrate", "validate", "test")}
+    task = Task(name="twice", model=Twice().eval(), **splits)
+    model, record = run_step(step("substitute.separable", min_gain=0), task.fresh(), Context(task, device=CPU))
+    assert isinstance(model.conv, Factored) and model.again is model.conv and set(record.changed) == {"conv"}
+    assert record.parameters_after < record.parameters_before

@@ -38,10 +38,17 @@ def outward(maps: Tensor, moment: Tensor, inner: Tensor) -> Tensor:
 
 
 def damped(moment: Tensor) -> Tensor:
-    """The moment with a little on its diagonal, so that it can be inverted."""
+    """The moment with a little on its diagonal, so that it can be inverted.
+
+    Of fewer tokens than inputs, summed in single precision, a moment has eigenvalues below zero, which become zero.
+    """
     found = moment.double().clone()
-    found.diagonal().add_(RIDGE * found.diagonal().mean().clamp_min(1e-30))
-    return found
+    little = RIDGE * found.diagonal().mean().clamp_min(1e-30)
+    found.diagonal().add_(little)
+    if int(torch.linalg.cholesky_ex(found).info) == 0:
+        return found
+    values, vectors = torch.linalg.eigh(moment.double())
+    return (vectors * (values.clamp_min(0) + little)) @ vectors.T
 
 
 def balanced(inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
