@@ -12,14 +12,18 @@ from ..core.context import Context
 from ..core.errors import TaskError
 from ..core.soft import copied
 from ..core.task import Split, Task
-from .dispatch import capacity_of
+from .dispatch import dispatch
 from .experts import Experts
 from .mixtures import mixtures
+from .moments import watched, without_padding
 
 
 @dataclass
 class Coverage:
-    """What the experts of one layer got: `choices` and summed `weights` per expert, `dropped` choices, all `tokens`."""
+    """What the experts of one layer got: `choices` and summed `weights` per expert, `dropped` choices, all `tokens`.
+
+    Padding counts nowhere.
+    """
 
     choices: Tensor
     weights: Tensor
@@ -45,27 +49,30 @@ class Coverage:
         return f"{self.tokens:,} tokens, to each expert {counts} (share of weight {shares}){none}{lost}"
 
 
-def count(experts: Experts, indices: Tensor, weights: Tensor) -> Coverage:
-    """The coverage of one call; choices beyond the capacity count as dropped."""
-    members = len(experts.members)
-    flat = experts.placed(indices).flatten()
+def count(experts: Experts, indices: Tensor, weights: Tensor, real: Tensor | None = None) -> Coverage:
+    """The coverage of one call; choices beyond the capacity count as dropped. `real` says which tokens are no padding,
+    which takes room in the experts all the same.
+    """
+    members, placed = len(experts.members), experts.placed(indices)
+    found = dispatch(placed, members, experts.capacity)
+    gone = (found.places == len(found.tokens)).t()
+    placed, weights, gone = (without_padding(each, real) for each in (placed, weights, gone))
+    flat = placed.flatten()
     choices = torch.bincount(flat, minlength=members)
     summed = torch.zeros(members, dtype=torch.float64).index_add(0, flat.cpu(), weights.flatten().double().cpu())
-    dropped = torch.zeros_like(choices)
-    if experts.capacity is not None:
-        dropped = (choices - capacity_of(len(indices), indices.shape[1], members, experts.capacity)).clamp_min(0)
-    return Coverage(choices.cpu(), summed, dropped.cpu(), len(indices))
+    dropped = torch.bincount(placed[gone], minlength=members)
+    return Coverage(choices.cpu(), summed, dropped.cpu(), len(placed))
 
 
 @torch.no_grad()
 def coverage_of(model: nn.Module, ctx: Context, split: Split = "calibrate") -> dict[str, Coverage]:
-    """The coverage of every layer of experts over a split, padding included, by the name of the layer."""
+    """The coverage of every layer of experts over a split, by the name of the layer."""
     found: dict[str, Coverage] = {}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
-    def note(name: str, experts: Experts) -> Any:
+    def note(name: str, real: Tensor | None) -> Any:
         def hook(given: tuple[Any, ...], _output: Any) -> None:
-            one, before = count(experts, given[1], given[2]), found.get(name)
+            one, before = count(layers[name], given[1], given[2], real), found.get(name)
             if before is not None:
                 one.choices, one.weights = one.choices + before.choices, one.weights + before.weights
                 one.dropped, one.tokens = one.dropped + before.dropped, one.tokens + before.tokens
@@ -74,7 +81,7 @@ def coverage_of(model: nn.Module, ctx: Context, split: Split = "calibrate") -> d
         return hook
 
     if layers:
-        ctx.observe(model, {name: note(name, experts) for name, experts in layers.items()}, split)
+        watched(model, layers, ctx, note, split)
     return found
 
 
@@ -84,7 +91,7 @@ def coverage(model: nn.Module, task: Task, split: Split = "calibrate") -> dict[s
     Experts in stacks of weights are opened for it, in a copy. Raises `TaskError` for a model without experts.
     """
     ctx = Context(task)
-    made = copied(model).to(ctx.device)
+    made = copied(model).to(ctx.device).eval()
     mixtures(made, ctx)
     found = coverage_of(made, ctx, split)
     if not found:

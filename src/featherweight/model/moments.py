@@ -15,6 +15,7 @@ from ..core.context import Context
 from ..core.data import tensors_in
 from ..core.errors import TaskError
 from ..core.outputs import first
+from ..core.task import Split
 
 ROWS = 8192  # of one product: bounds the memory that the patches of a convolution take
 
@@ -68,7 +69,7 @@ def rows_of(layer: nn.Module, given: Tensor, real: Tensor | None = None) -> Iter
     A convolution's are the patches of its input, one part for each of its groups. `real` [batch, length] drops padding.
     """
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
-        yield from _without_padding(given, real).reshape(1, -1, given.shape[-1]).split(ROWS, 1)
+        yield from without_padding(given, real).reshape(1, -1, given.shape[-1]).split(ROWS, 1)
         return
     batch = given if given.dim() == layer.weight.dim() else given[None]
     for part in batch.split(max(1, ROWS // batch[0, 0].numel())):
@@ -91,10 +92,10 @@ def outputs_of(layer: nn.Module, made: Tensor, real: Tensor | None = None) -> Te
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         batch = made if made.dim() == layer.weight.dim() else made[None]
         return batch.movedim(1, -1).flatten(0, -2)
-    return _without_padding(made, real).reshape(-1, made.shape[-1])
+    return without_padding(made, real).reshape(-1, made.shape[-1])
 
 
-def _without_padding(values: Tensor, real: Tensor | None) -> Tensor:
+def without_padding(values: Tensor, real: Tensor | None) -> Tensor:
     """The rows of [batch, length, width], or of all positions in one row as experts get them, that are no padding."""
     if real is not None and values.dim() == 3 and values.shape[:2] == real.shape:
         return values[real]
@@ -291,9 +292,7 @@ def observe(model: nn.Module, names: list[str], ctx: Context) -> dict[str, Momen
 
         return note
 
-    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
-        hooks = {f"model.{name}": hook(name, real_positions(batch)) for name in names}
-        observed(_Call(model, ctx), (batch,), {}, hooks)
+    watched(model, names, ctx, hook)
     return found
 
 
@@ -309,15 +308,33 @@ def sampled(model: nn.Module, names: list[str], ctx: Context, most: int) -> dict
         def note(given: tuple[Any, ...], _output: Any) -> None:
             if not given:
                 raise TaskError(_by_keyword(name))
-            rows = _without_padding(given[0], real).reshape(-1, given[0].shape[-1])
+            rows = without_padding(given[0], real).reshape(-1, given[0].shape[-1])
             found[name].append(rows[:: max(1, len(rows) * batches // most)].float().clone())
 
         return note
 
-    for batch in ctx.progress.track(ctx.batches("calibrate"), "calibrating"):
-        hooks = {f"model.{name}": hook(name, real_positions(batch)) for name in names}
-        observed(_Call(model, ctx), (batch,), {}, hooks)
+    watched(model, names, ctx, hook)
     return {name: torch.cat(rows)[:most] for name, rows in found.items() if rows}
+
+
+def watched(
+    model: nn.Module,
+    names: Iterable[str],
+    ctx: Context,
+    hook: Callable[[str, Tensor | None], Callable[[tuple[Any, ...], Any], None]],
+    split: Split = "calibrate",
+) -> None:
+    """Run `model` over a split with a hook on each of these modules: what `hook` gives for its name and for which
+    positions of the batch are no padding ([batch, length], None where all are).
+    """
+    every, was_training = list(names), model.training
+    model.eval()
+    try:
+        for batch in ctx.progress.track(ctx.batches(split), f"observing {split}"):
+            hooks = {f"model.{name}": hook(name, real_positions(batch)) for name in every}
+            observed(_Call(model, ctx), (batch,), {}, hooks)
+    finally:
+        model.train(was_training)
 
 
 class _Call(nn.Module):
