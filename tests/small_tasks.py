@@ -32,6 +32,19 @@ class ConvNet(nn.Module):
         return self.head(self.drop(torch.relu(self.hidden(x))))
 
 
+class PooledNet(ConvNet):
+    """The same with a mean over all positions before its linear layers, which takes images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        x = nn.functional.max_pool2d(torch.relu(x + self.conv_norm(self.conv(x))), 2)
+        return self.head(self.drop(torch.relu(self.hidden(torch.relu(self.depth(x)).mean((2, 3))))))
+
+
 class Attention(nn.Module):
     """Self-attention with four linear layers: N x T x width to the same."""
 
@@ -187,6 +200,10 @@ def trained(kind: Callable[[], nn.Module]) -> Task:
 
 def conv_task() -> Task:
     return trained(ConvNet)
+
+
+def pooled_task() -> Task:
+    return trained(PooledNet)
 
 
 def transformer_task() -> Task:

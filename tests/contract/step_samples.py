@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from small_tasks import blocks_task, conv_task, experts_task, tokens_task, transformer_task
+from small_tasks import blocks_task, conv_task, experts_task, pooled_task, tokens_task, transformer_task
 from torch import nn
 
 from featherweight.core import registry
@@ -23,13 +23,15 @@ TASKS = {
     "blocks": blocks_task,
     "experts": experts_task,
     "tokens": tokens_task,
+    "pooled": pooled_task,
 }
 # what needs rows of blocks: tried there, and only there
 ROWS = frozenset({"distill.student", "prune.blocks", "share.layers", "sparse.layerdrop", "sparse.stochastic_depth"})
 # what needs experts: tried there, and only there
 MIXED = frozenset({"experts.route", "experts.prune", "experts.merge"})
 PROMPTED = frozenset({"adapt.prompt", "adapt.prefix"})  # what needs token ids: tried there, and only there
-OWN = {"blocks": ROWS, "experts": MIXED, "tokens": PROMPTED}  # tasks for kinds that need them
+ANY_SIZE = frozenset({"substitute.resolution"})  # what needs images of any size: tried there, and only there
+OWN = {"blocks": ROWS, "experts": MIXED, "tokens": PROMPTED, "pooled": ANY_SIZE}  # tasks for kinds that need them
 # a nonlinearity stands between all of its layers, or there is no convolution
 NOTHING_IN = frozenset(
     {
@@ -49,6 +51,9 @@ NOTHING_IN = frozenset(
         ("experts.copy", "tokens"),
         ("substitute.queries", "conv"),
         ("substitute.queries", "blocks"),
+        # as in the network that it is made from
+        *((kind, "pooled") for kind in ("quantize.rotate", "substitute.activations", "substitute.queries")),
+        *((kind, "pooled") for kind in ("experts.split", "experts.copy")),
         ("experts.split", "conv"),
         ("experts.split", "blocks"),
         ("experts.copy", "conv"),

@@ -39,7 +39,7 @@ REPRESENTATIVES = frozenset(
         "quantize.weights",
     }
 )
-NEWEST = ("adapt.", "experts.", "substitute.activations", "substitute.fused", "substitute.queries")
+NEWEST = ("adapt.", "experts.", *(f"substitute.{each}" for each in ("activations", "fused", "queries", "resolution")))
 ALLOWED = [pair for pair in itertools.product(KINDS, repeat=2) if allowed(*pair)]
 PAIRS = [pair for pair in ALLOWED if share_a_task(*pair)]
 

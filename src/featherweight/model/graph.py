@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,9 +77,34 @@ def keep_links(module: fx.GraphModule, links: Mapping[str, list[Link]]) -> None:
 def _export(model: nn.Module, example: dict[str, Tensor], free: Free) -> ExportedProgram:
     shapes = {name: dict.fromkeys(free.get(name, {}), Dim.DYNAMIC) or None for name in example}
     clones = {name: tensor.detach().clone() for name, tensor in example.items()}
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _named_arguments(model, example):
         warnings.simplefilter("ignore", UserWarning)  # such as that a recurrent layer lists its own weights
         return torch.export.export(model, (), kwargs=clones, dynamic_shapes=shapes if free else None)
+
+
+@contextmanager
+def _named_arguments(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within this block a model that takes its inputs as `**rest` says that it takes these: where a dimension of theirs
+    is free, the exporter finds them by the names of arguments.
+    """
+    forward = model.forward
+    if not any(each.kind is each.VAR_KEYWORD for each in inspect.signature(forward).parameters.values()):
+        yield
+        return
+
+    def named(*args: Any, **given: Any) -> Any:
+        return forward(*args, **given)
+
+    takes = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    named.__signature__ = inspect.Signature(takes)  # type: ignore[attr-defined]
+    before = vars(model).get("forward")
+    model.forward = named
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
 
 
 def _as_graph_module(program: ExportedProgram) -> fx.GraphModule:

@@ -27,6 +27,7 @@ from .port import DynamicPort, Port
 from .ported import PortedLinear, PortedLSTM
 from .program import load_graph, read_captured
 from .prompts import Prefix, Prompt, Prompted
+from .resized import Resized
 
 Settings = dict[str, Any]
 Read = Callable[[nn.Module], Settings | None]
@@ -45,6 +46,7 @@ OURS = (
     TensorTrain,
     TensorTrainEmbedding,
     GroupedHeads,
+    Resized,
     *ADAPTERS,
 )
 MIXTURES = (Experts, FeedForward, MixtureOfExperts, Router)
@@ -162,11 +164,11 @@ def _arguments(kind: type[nn.Module], module: nn.Module) -> list[tuple[str, bool
     return found
 
 
-def children_like(module: nn.Module, fresh: nn.Module | None) -> dict[str, nn.Module]:
-    """What stands for the children of `module` in a fresh model in which `fresh` stands for it: an adapter's base is
-    the layer itself there.
+def children_like(module: nn.Module, fresh: nn.Module | None) -> dict[str, nn.Module | None]:
+    """What stands for the children of `module` in a fresh model in which `fresh` stands for it: what is around a base
+    stands for the base itself there.
     """
-    if isinstance(module, Adapted) and fresh is not None and not isinstance(fresh, Adapted):
+    if isinstance(module, Adapted | Resized) and not isinstance(fresh, Adapted | Resized):
         return {BASE: fresh}
     parts = {} if fresh is None else fresh._modules
     return {name: child for name, child in parts.items() if child is not None and name != "parametrizations"}
