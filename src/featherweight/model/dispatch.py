@@ -79,14 +79,16 @@ def dispatch(indices: Tensor, experts: int, factor: float | None = None) -> Disp
 def combine(outputs: Tensor, places: Tensor, weights: Tensor | None, dropped: bool) -> Tensor:
     """The sum over its choices of what each token got: `outputs` [rows, width], `places` [k, n], `weights` [n, k].
 
-    Without `weights` all count once. Where choices may have been `dropped`, they add nothing.
+    Without `weights` all count once. Where choices may have been `dropped`, they add nothing. Weights of more precision
+    than the outputs are used as they are, and the sum is rounded once.
     """
+    kind = outputs.dtype
     if dropped:
         outputs = torch.cat([outputs, outputs.new_zeros(1, outputs.shape[1])])
     total: Any = None
     for choice in range(places.shape[0]):
         part = outputs[places[choice]]
-        part = part if weights is None else part * weights[:, choice, None].to(part.dtype)
+        part = part if weights is None else part * weights[:, choice, None]
         total = part if total is None else total + part
     assert isinstance(total, Tensor)
-    return total
+    return total.to(kind)

@@ -12,6 +12,9 @@ from ..core.whole import Selective
 from .dispatch import combine, dispatch, split_rows
 
 Scores = Literal["softmax", "selected", "sigmoid", "one"]
+WAYS: tuple[tuple[Scores, bool], ...] = (  # scores, and whether a token's weights add up to one, that models come with
+    ("selected", False), ("softmax", False), ("sigmoid", False), ("sigmoid", True),
+)  # fmt: skip
 
 
 class FeedForward(nn.Module):
@@ -76,7 +79,11 @@ class Router(nn.Module):
 
 
 def chosen(logits: Tensor, top_k: int, scores: Scores, normalise: bool = False) -> tuple[Tensor, Tensor]:
-    """Weights and indices [n, top_k] of the experts that a token is sent to, from logits [n, experts]; see `Router`."""
+    """Weights and indices [n, top_k] of the experts that a token is sent to, from logits [n, experts]; see `Router`.
+
+    Weights of logits in half precision are float32, as those of Mixtral are.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     values, indices = logits.topk(top_k, -1)
     if scores == "selected":
         weights = values.softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .experts import FeedForward, feed_forward
 from .replacing import replaced
 
 CLOSE = 1e-4  # of a network's outputs, relative, where the same is computed in another order
+FARTHER = 16.0  # times an example: where activations differ that are alike near zero
 GRID = torch.linspace(-8, 8, 641)
 ACTIVATIONS: tuple[nn.Module, ...] = (
     nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.ReLU6(), nn.Hardswish(), nn.Mish(),
@@ -179,21 +181,34 @@ def _before(leaves: list[Ran], each: Ran) -> tuple[tuple[str, ...], Ran | None]:
 def _containers(model: nn.Module, ran: list[Ran]) -> Iterator[Found]:
     """Modules that hold two or three linear layers, and no other parameters, and give what a feed-forward gives."""
     for each in ran:
-        held = {name: inner for name, inner in each.module.named_modules() if is_linear(inner)}
-        own = {id(parameter) for inner in held.values() for parameter in inner.parameters()}
-        if len(held) not in (2, 3) or {id(parameter) for parameter in each.module.parameters()} != own:
+        parts = as_feed_forward(each.module, each.given, each.made)
+        if parts is not None:
+            names = [name for name, inner in each.module.named_modules() if is_linear(inner)]
+            yield Found(each.name, parts, tuple(f"{each.name}.{name}" for name in names))
+
+
+@torch.no_grad()
+def as_feed_forward(module: nn.Module, given: Tensor, made: Tensor) -> FeedForward | None:
+    """The feed-forward that gives what `module` made of `given`; None if there is none, or it has other parameters than
+    two or three linear layers. Of several that are close the closest, also on inputs further from zero.
+    """
+    held = [inner for inner in module.modules() if is_linear(inner)]
+    own = {id(parameter) for inner in held for parameter in inner.parameters()}
+    if len(held) not in (2, 3) or {id(parameter) for parameter in module.parameters()} != own:
+        return None
+    if given.shape[:-1] != made.shape[:-1]:
+        return None
+    seen = [(given, made)]
+    with contextlib.suppress(TypeError):  # it takes more than one input: what it made of the example is all there is
+        seen.append((FARTHER * given, first(module(FARTHER * given))))
+    best, least = None, CLOSE
+    for parts in _arrangements(module, [as_linear(inner) for inner in held]):
+        if (parts.up.in_features, parts.down.out_features) != (given.shape[-1], made.shape[-1]):
             continue
-        if each.given.shape[:-1] != each.made.shape[:-1]:
-            continue
-        names = tuple(f"{each.name}.{name}" for name in held)
-        sizes = each.given.shape[-1], each.made.shape[-1]
-        for parts in _arrangements(each.module, [as_linear(inner) for inner in held.values()]):
-            if (parts.up.in_features, parts.down.out_features) != sizes:
-                continue
-            with torch.no_grad():
-                if relative_difference(each.made, parts(each.given)) < CLOSE:
-                    yield Found(each.name, parts, names)
-                    break
+        missed = max(relative_difference(wanted, parts(x)) for x, wanted in seen)
+        if missed < least:
+            best, least = parts, missed
+    return best
 
 
 def _arrangements(module: nn.Module, layers: list[nn.Linear]) -> Iterator[FeedForward]:

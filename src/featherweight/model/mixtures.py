@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from torch import Tensor, nn
 
 from ..core.blocks import observed
 from ..core.context import Context
-from ..core.outputs import relative_difference
-from .experts import Experts, FeedForward, Router, Scores, experts_of, feed_forward
-from .feedforwards import ACTIVATIONS, CLOSE, known_activation, linear
+from ..core.outputs import difference, first, relative_difference
+from .experts import WAYS, Experts, FeedForward, Router, experts_of, feed_forward
+from .feedforwards import ACTIVATIONS, CLOSE, FARTHER, known_activation, linear
+from .listed import ROWS, as_mixture
 from .replacing import replaced
-
-ROWS = 32  # tokens on which ways to read a stack are compared
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def mixtures(
     """The mixtures of `model`; those of stacked weights [experts, ...] are opened in place into feed-forwards.
 
     A stack is known by how it is called (tokens, indices, weights), and by its outputs being those of the
-    feed-forwards that it is read as. Those that `excluded` gives a reason for, by name, are not touched. Gives also why
-    other stacks are none, by name.
+    feed-forwards that it is read as; a layer that calls a list of experts in a loop is known by what it gives. Those
+    that `excluded` gives a reason for, by name, are not touched. Gives also why others are none, by name.
     """
-    calls, ran = _observe(model, ctx)
+    calls, ran, output = _observe(model, ctx)
     found: list[Mixture] = []
     refused: dict[str, str] = {}
-    for call in calls:
+    for call in {call.name: call for call in calls}.values():  # what runs more than once is opened once
         if why := excluded(call.name):
             refused[call.name] = why
             continue
@@ -80,7 +80,56 @@ def mixtures(
             found.append(Mixture(call.name, experts, None, why))
         else:
             found.append(Mixture(call.name, experts, router))
-    return found, refused
+    if found and not _as_before(
+        model, ctx, output
+    ):  # it asks its own routers for more, such as their logits by their type
+        found = [_with_own_router(model, each, ran) for each in found]
+    return [*found, *_listed(model, ran, excluded, refused)], refused
+
+
+@torch.no_grad()
+def _as_before(model: nn.Module, ctx: Context, output: Any) -> bool:
+    """Whether the model still gives on the example what it gave."""
+    try:
+        now = model(**ctx.example)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return False
+    layouts = [list(each) if isinstance(each, Mapping) else type(each) for each in (output, now)]
+    return layouts[0] == layouts[1] and not difference(first(output), first(now))
+
+
+def _with_own_router(model: nn.Module, mixture: Mixture, ran: list[_Ran]) -> Mixture:
+    """The mixture with the router that the model came with, put back in its place."""
+    name = next((name for name, module in model.named_modules() if module is mixture.router), None)
+    if name is None:
+        return mixture
+    router = next(each.module for each in ran if each.name == name)
+    replaced(model, name, router)
+    return replace(mixture, router=router)
+
+
+def _listed(
+    model: nn.Module, ran: list[_Ran], excluded: Callable[[str], str | None], refused: dict[str, str]
+) -> list[Mixture]:
+    """The layers that call a list of experts in a loop, put in place as mixtures; why others are none: in `refused`."""
+    found: list[Mixture] = []
+    for each in {each.name: each for each in ran}.values():
+        made, why = as_mixture(each.module, each.given, each.output)
+        if made is None and not why:
+            continue
+        name = f"{each.name}.experts"
+        if reason := excluded(name) or why:
+            refused[each.name] = reason
+        elif made is not None:
+            replaced(model, each.name, made)
+            found.append(Mixture(name, made.experts, made.router))
+    return found
+
+
+def looped(model: nn.Module, ctx: Context) -> list[str]:
+    """The names of the layers that call a list of experts in a loop, which `mixtures` would put others in place of."""
+    _, ran, _ = _observe(model, ctx)
+    return [each.name for each in ran if as_mixture(each.module, each.given, each.output)[0] is not None]
 
 
 def opened(stack: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Experts | None, str]:
@@ -90,14 +139,24 @@ def opened(stack: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> tuple[Expe
         return None, "it has other parameters than stacked weights, such as biases"
     if len(weights) not in (2, 3) or len({len(each) for each in weights.values()}) != 1:
         return None, f"it has {len(weights)} stacks of weights; two or three of as many experts are known"
-    few = tuple(each[:ROWS] for each in given)
+    few = [each[:ROWS] for each in given]
+    kind = next(iter(weights.values())).dtype
+    if kind.itemsize < 4:  # in half precision the order of additions alone is more than what tells readings apart
+        stack = copy.deepcopy(stack).float()
+        few = [each.float() if each.is_floating_point() else each for each in few]
     with torch.no_grad():
-        wanted = stack(*few)
-        for members in _readings(stack, list(weights.values()), few[0].shape[-1], wanted.shape[-1]):
+        calls = [tuple(few), (FARTHER * few[0], *few[1:])]
+        wanted = [stack(*call) for call in calls]
+        stacks: list[Tensor] = [stack.get_parameter(name) for name in weights]
+        best, least = None, CLOSE
+        for members in _readings(stack, stacks, few[0].shape[-1], wanted[0].shape[-1]):
             made = experts_of(members)
-            if relative_difference(wanted, made(*few)) < CLOSE:
-                return experts_of([_own(member) for member in members]), ""
-    return None, "no way to read its stacks gives its outputs"
+            missed = max(relative_difference(one, made(*call)) for one, call in zip(wanted, calls))
+            if missed < least:
+                best, least = members, missed
+    if best is None:
+        return None, "no way to read its stacks gives its outputs"
+    return experts_of([_own(member) for member in best]).to(kind), ""
 
 
 def keep_experts(mixture: Mixture, kept: list[int]) -> None:
@@ -149,8 +208,8 @@ def top_k(router: nn.Module) -> int:
     return value
 
 
-def _observe(model: nn.Module, ctx: Context) -> tuple[list[_Call], list[_Ran]]:
-    """What is called as experts are, and all that modules gave, on the example."""
+def _observe(model: nn.Module, ctx: Context) -> tuple[list[_Call], list[_Ran], Any]:
+    """What is called as experts are, all that modules gave, and the model's output, on the example."""
     calls: list[_Call] = []
     ran: list[_Ran] = []
 
@@ -164,8 +223,8 @@ def _observe(model: nn.Module, ctx: Context) -> tuple[list[_Call], list[_Ran]]:
 
     modules = {name: module for name, module in model.named_modules() if name}
     hooks = {name: note(name, module) for name, module in modules.items() if "parametrizations" not in name.split(".")}
-    observed(model.eval(), (), ctx.example, hooks)
-    return calls, ran
+    output = observed(model.eval(), (), ctx.example, hooks)
+    return calls, ran, output
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -208,20 +267,22 @@ def _as_router(ran: _Ran) -> Router | None:
     wanted = ran.output
     if not (isinstance(weight, Tensor) and weight.dim() == 2 and isinstance(wanted, tuple) and len(wanted) == 3):
         return None
+    if not all(isinstance(each, Tensor) and each.dim() == 2 for each in wanted) or wanted[2].is_floating_point():
+        return None
+    if not wanted[1].is_floating_point() or wanted[2].shape[1] > len(weight):
+        return None
     if sum(1 for _ in ran.module.parameters()) + sum(1 for _ in ran.module.buffers()) != 1 + (bias is not None):
         return None
     choices = int(wanted[2].shape[-1])
-    ways: tuple[tuple[Scores, bool], ...] = (
-        ("selected", False), ("softmax", False), ("sigmoid", False), ("sigmoid", True),
-    )  # fmt: skip
-    for scores, normalise in ways:
-        made = Router(weight.shape[1], len(weight), choices, scores, normalise).to(weight.device)
+    for scores, normalise in WAYS:
+        made = Router(weight.shape[1], len(weight), choices, scores, normalise).to(weight)
         made.weight.copy_(weight)
         if bias is not None:
             made.bias.copy_(bias)
         got = made(ran.given[0])
         alike = all(one.shape == other.shape for one, other in zip(got, wanted)) and torch.equal(got[2], wanted[2])
-        if alike and relative_difference(wanted[1], got[1]) < CLOSE:
+        bound = max(CLOSE, torch.finfo(wanted[1].dtype).eps)
+        if alike and relative_difference(wanted[1], got[1]) < bound:
             return made
     return None
 
