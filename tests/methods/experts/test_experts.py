@@ -115,6 +115,11 @@ def test_copies_give_what_the_original_gave_and_learn_to_differ():
     assert not torch.equal(members[0].up.weight, members[1].up.weight)
 
 
+def test_copies_of_which_one_is_chosen_say_that_the_router_does_not_learn():
+    _, record = applied(transformer_task(), "experts.copy", top_k=1)
+    assert [text for text in record.warnings if "moves the router by its own losses alone" in text]
+
+
 def test_what_is_no_feed_forward_is_left_with_the_reason():
     class Functional(nn.Module):
         def __init__(self):
@@ -138,6 +143,12 @@ def test_what_is_no_feed_forward_is_left_with_the_reason():
             r"experts=7 divides no feed-forward \(neurons: 48\); choose a divisor of 48: 2",
         ),
         ("experts.split", {"experts": 2, "keep": 0.9}, "computes all that are not shared; give more experts"),
+        (
+            "experts.split",
+            {"experts": 8, "keep": 0.25, "shared": 2},
+            "is 2, and shared=2 leaves none of these to choose",
+        ),
+        ("experts.split", {"shared": 4}, "give a larger keep, more experts, or fewer shared ones"),
         ("experts.copy", {"top_k": 5}, "top_k=5 is more than experts=4; choose at most that"),
     ],
 )
@@ -168,6 +179,37 @@ def test_stacks_are_opened_with_equal_outputs_saved_and_loaded(tmp_path):
 def test_a_stack_that_is_skipped_stays_a_stack():
     with pytest.raises(NoEffect, match=r"excluded by skip='mixture\.experts'"):
         applied(experts_task(), "experts.route", skip=["mixture.experts"])
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_the_layouts_of_transformers_are_opened_in_half_precision(layout, kind):
+    task = language_task(layout)
+    task = replace(task, model=task.fresh().to(kind))
+    opened, _ = applied(task, "experts.route")
+    with torch.no_grad():
+        exact = first(task.fresh().float()(**task.example))
+        theirs = relative_difference(exact, first(task.original(**task.example)))
+        assert relative_difference(exact, first(opened(**task.example))) < 1.5 * theirs
+    assert {each.dtype for each in opened.parameters()} == {kind}
+    assert sum(isinstance(module, Router) for module in opened.modules()) == 2
+
+
+def test_a_model_that_asks_its_routers_for_their_logits_keeps_them():
+    task = language_task("mixtral")
+    model = task.fresh()
+    model.config.output_router_logits = True
+    task = replace(task, model=model)
+    opened, record = applied(task, "experts.route", top_k=1)
+    with torch.no_grad():
+        wanted, got = task.original(**task.example), opened(**task.example)
+    assert len(got["router_logits"]) == 2 and relative_difference(wanted["logits"], got["logits"]) < 1e-5
+    assert [left.layer for left in record.left if "gives the model more" in left.reason] == [
+        "model.layers.0.mlp.experts (top_k)", "model.layers.1.mlp.experts (top_k)",
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="what surrounds its experts counts on all of them") as error:
+        applied(task, "experts.prune", keep=0.5)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
@@ -201,10 +243,10 @@ def language_task(layout):
     }  # fmt: skip
     own = {
         "mixtral": {"num_local_experts": 8},
-        "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
-        "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 12, "head_dim": 8},
+        "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20},
+        "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "head_dim": 8},
         "deepseek_v3": {
-            "n_routed_experts": 8, "moe_intermediate_size": 12, "n_group": 2, "topk_group": 1, "head_dim": 8,
+            "n_routed_experts": 8, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1, "head_dim": 8,
             "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
             "qk_rope_head_dim": 8, "v_head_dim": 8,
         },
@@ -252,6 +294,21 @@ def test_merging_keeps_the_router_and_pruning_works_behind_it():
     pruned, _ = run_step(step("experts.prune", keep=0.75), merged, Context(task, device=CPU))
     assert len(pruned.mixture.experts.members) == 3 == len(set(pruned.mixture.experts.table))
     assert len(pruned.mixture.experts.table) == len(pruned.mixture.gate.weight) <= 8
+
+
+def test_experts_in_factors_are_left_by_merging_and_dropped_by_pruning():
+    steps = [step("experts.route"), step("factor.svd", only="mixture.experts.*")]
+    model, _ = run_recipe(Recipe(steps), Context(experts_task(), device=CPU))
+    with pytest.raises(NoEffect, match="its experts are no feed-forwards of plain linear layers of the same sizes"):
+        run_step(step("experts.merge"), model, Context(experts_task(), device=CPU))
+    pruned, _ = run_step(step("experts.prune"), model, Context(experts_task(), device=CPU))
+    assert len(pruned.mixture.experts.members) == 4
+
+
+def test_a_capacity_that_is_not_asked_for_stays_as_it_is():
+    steps = [step("experts.copy", capacity=1.0), step("experts.route", top_k=1)]
+    model, _ = run_recipe(Recipe(steps), Context(transformer_task(), device=CPU))
+    assert model.narrow.experts.capacity == 1.0 and model.narrow.router.top_k == 1
 
 
 def test_more_experts_a_token_than_there_are_is_refused():

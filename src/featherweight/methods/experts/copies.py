@@ -37,6 +37,10 @@ class ExpertCopy(DenseStep, kind="experts.copy"):
             raise RecipeError(
                 f"{self.kind}: top_k={self.top_k} is more than experts={self.experts}; choose at most that"
             )
+        if self.top_k == 1:
+            ctx.warn(
+                f"{self.kind}: with top_k=1 every weight is one: training moves the router by its own losses alone"
+            )
         for each in self.chosen(model, ctx):
             made = self._made(each.parts, ctx.generator(each.place)).to(ctx.device)
             model = put_in(model, each, made)
@@ -47,7 +51,7 @@ class ExpertCopy(DenseStep, kind="experts.copy"):
     @torch.no_grad()
     def _made(self, whole: FeedForward, generator: torch.Generator) -> MixtureOfExperts:
         inputs = whole.up.in_features
-        router = Router(inputs, self.experts, self.top_k, "selected")
+        router = Router(inputs, self.experts, self.top_k, "selected").to(whole.up.weight)
         router.weight.copy_(torch.randn(self.experts, inputs, generator=generator) * inputs**-0.5)
         members = [self._copy(whole, generator) for _ in range(self.experts)]
         return mixture(router, experts_of(members, self.capacity))
@@ -56,7 +60,7 @@ class ExpertCopy(DenseStep, kind="experts.copy"):
         def layer(given: nn.Linear) -> nn.Linear:
             weight = given.weight.detach()
             spread = self.noise * weight.std(correction=0)
-            noise = torch.randn(weight.shape, generator=generator).to(weight.device) * spread
+            noise = torch.randn(weight.shape, generator=generator).to(weight) * spread
             return linear(weight + noise, given.bias)
 
         gate = None if whole.gate is None else layer(whole.gate)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.context import Context
 from ...core.step import Between, OneOf
 from ...model.experts import FeedForward, feed_forward
-from ...model.feedforwards import linear, own_activation
+from ...model.feedforwards import is_linear, linear, own_activation
 from ...model.mixtures import Mixture, refilled
 from ...model.moments import sampled
 from .clusters import groups, matching
@@ -48,8 +48,8 @@ class ExpertMerge(MixtureStep, kind="experts.merge"):
                 ctx.leave(each.name, "its experts are parts of one layer, of which none can stand for another")
             elif self.by == "router" and each.experts.table is not None:
                 ctx.leave(each.name, "its experts were merged, and have no rows of the router of their own")
-            elif not all(isinstance(member, FeedForward) for member in members):
-                ctx.leave(each.name, "its experts are no plain feed-forwards any more")
+            elif not _alike(members):
+                ctx.leave(each.name, "its experts are no feed-forwards of plain linear layers of the same sizes")
             else:
                 found_groups = self._merge(each, given[each.name], used[each.name], stay)
                 ctx.change(each.name, f"{len(members)} experts merged into {stay}: {found_groups}")
@@ -59,7 +59,8 @@ class ExpertMerge(MixtureStep, kind="experts.merge"):
     def _merge(self, each: Mixture, tokens: Tensor, used: Tensor, stay: int) -> list[list[int]]:
         members: list[Any] = each.experts.members
         if self.by == "outputs":
-            features = torch.stack([member(tokens).mean(0) for member in members])
+            tokens = tokens.to(members[0].up.weight.dtype)
+            features = torch.stack([member(tokens).double().mean(0) for member in members])
         else:
             assert each.router is not None and isinstance(each.router.weight, Tensor)
             features = each.router.weight.detach()
@@ -71,6 +72,17 @@ class ExpertMerge(MixtureStep, kind="experts.merge"):
         refilled(each.experts, merged)
         each.experts.table = tuple(owner[place] for place in before)
         return together
+
+
+def _alike(members: list[nn.Module]) -> bool:
+    """Whether experts are feed-forwards of plain linear layers, of the same sizes."""
+    sizes = set()
+    for member in members:
+        layers = (member.gate, member.up, member.down) if isinstance(member, FeedForward) else ()
+        if not layers or not all(layer is None or is_linear(layer) for layer in layers):
+            return False
+        sizes.add(tuple(None if layer is None else tuple(layer.weight.shape) for layer in layers))
+    return len(sizes) == 1
 
 
 def merged_expert(members: list[FeedForward], used: Tensor) -> FeedForward:

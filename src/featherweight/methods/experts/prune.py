@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -47,4 +48,17 @@ class ExpertPrune(MixtureStep, kind="experts.prune"):
             lost = 1 - float(worth[each.name][kept].sum() / worth[each.name].sum().clamp_min(1e-30))
             numbers = ", ".join(map(str, kept))
             ctx.change(each.name, f"{stay} of {count} experts stay ({numbers}); {lost:.1%} of {self.score} lost")
+        self._check_runs(model, ctx)
         return self.finish(model, ctx)
+
+    @torch.no_grad()
+    def _check_runs(self, model: nn.Module, ctx: Context) -> None:
+        """Raise `RecipeError` where the model does not run any more."""
+        try:
+            model(**ctx.example)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            why = " ".join(str(error).split())[:100]
+            raise RecipeError(
+                f"{self.kind}: what surrounds its experts counts on all of them ({why}); use experts.merge, or let the "
+                "model give no logits of routers (output_router_logits=False)"
+            ) from error

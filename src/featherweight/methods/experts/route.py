@@ -18,8 +18,8 @@ class ExpertRoute(MixtureStep, kind="experts.route"):
 
     Experts whose weights lie in stacks (Mixtral, Qwen-MoE and the like) are known by how they are called; what is put
     in their place gives the same outputs, and can be quantized, pruned and factored expert by expert. `top_k` None
-    leaves the number of experts of a token as it is; with `capacity` each expert takes at most that factor times its
-    even share of the tokens, and drops the rest. Raises `RecipeError` for more than there are.
+    leaves the number of experts of a token as it is, `capacity` None how many tokens an expert takes: with a number, at
+    most that factor times its even share, and the rest are dropped. Raises `RecipeError` for more than there are.
     """
 
     gains: ClassVar[frozenset[str]] = frozenset({"latency", "energy"})
@@ -39,8 +39,12 @@ class ExpertRoute(MixtureStep, kind="experts.route"):
                 if isinstance(each.router, Router):
                     how += self._limit(each.name, each.router)
                 else:
-                    ctx.leave(f"{each.name} (top_k)", "its router does more than choose by a linear score")
-            each.experts.capacity = self.capacity
+                    ctx.leave(
+                        f"{each.name} (top_k)",
+                        "its router does more than choose by a linear score, or gives the model more",
+                    )
+            if self.capacity is not None:
+                each.experts.capacity = self.capacity
             ctx.change(each.name, how + (f", capacity factor {self.capacity:g}" if self.capacity else ""))
         return self.finish(model, ctx)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -48,11 +49,7 @@ class ExpertSplit(DenseStep, kind="experts.split"):
         return max(1, round(self.keep * self.experts) - self.shared)
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
-        if self.top_k >= self.experts - self.shared:
-            raise RecipeError(
-                f"{self.kind}: keep={self.keep} of experts={self.experts} computes all that are not shared; "
-                "give more experts, or a smaller keep"
-            )
+        self._check()
         waiting = self.divided(self.chosen(model, ctx), self.experts, ctx)
         while waiting:
             width = max(each.parts.up.in_features for each in waiting)
@@ -68,15 +65,31 @@ class ExpertSplit(DenseStep, kind="experts.split"):
                     ctx.change(name, how)
         return self.finish(model, ctx)
 
+    def _check(self) -> None:
+        """Raise `RecipeError` where the numbers of experts leave nothing to choose."""
+        computed = round(self.keep * self.experts)
+        if self.shared and self.shared >= computed:
+            raise RecipeError(
+                f"{self.kind}: keep={self.keep} of experts={self.experts} is {computed}, and shared={self.shared} "
+                "leaves none of these to choose; give a larger keep, more experts, or fewer shared ones"
+            )
+        if computed >= self.experts:
+            raise RecipeError(
+                f"{self.kind}: keep={self.keep} of experts={self.experts} computes all that are not shared; "
+                "give more experts, or a smaller keep"
+            )
+
     @torch.no_grad()
     def _made(self, found: Found, tokens: Tensor, ctx: Context) -> tuple[MixtureOfExperts, str]:
         """The mixture in place of one feed-forward, and how it came about."""
-        whole = found.parts
+        kind = found.parts.up.weight.dtype
+        exactly = torch.promote_types(kind, torch.float32)  # what is fitted and solved has no half precision
+        whole, tokens = copy.deepcopy(found.parts).to(exactly), tokens.to(exactly)
         hidden, down = whole.inner(tokens), whole.down.weight
         shared, sets = self._sets(whole, hidden, ctx.generator(found.place))
         outputs = [hidden[:, each] @ down[:, each].T for each in sets]
         means = torch.stack([each.mean(0) for each in outputs])
-        router = Router(tokens.shape[1], len(sets), self.top_k, "one").to(tokens.device)
+        router = Router(tokens.shape[1], len(sets), self.top_k, "one").to(tokens)
         weight, bias = fitted_router(tokens, needs(hidden, down, sets, means))
         router.weight.copy_(weight)
         router.bias.copy_(bias)
@@ -92,7 +105,7 @@ class ExpertSplit(DenseStep, kind="experts.split"):
         share = (self.top_k + self.shared) / self.experts
         how = f"{self.top_k} of {len(sets)} experts of {len(sets[0])} neurons"
         how += f" and {len(shared)} shared neurons" if self.shared else ""
-        return made, f"{how} ({share:.0%} of the neurons), {float(missed):.1%} of the outputs' variance missed"
+        return made.to(kind), f"{how} ({share:.0%} of the neurons), {float(missed):.1%} of the outputs' variance missed"
 
     def _sets(self, whole: FeedForward, hidden: Tensor, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         """The shared neurons, and those of each expert."""

@@ -13,9 +13,10 @@ from ...core.errors import RecipeError
 from ...core.fit import Training
 from ...core.step import Place, Trait
 from ...model.coverage import coverage_of
+from ...model.experts import Router
 from ...model.feedforwards import Found, feed_forwards
 from ...model.matrices import CONVOLUTIONS, TRANSPOSED
-from ...model.mixtures import Mixture, mixtures
+from ...model.mixtures import Mixture, looped, mixtures
 from ...model.select import LayerStep, excluded, patterns
 from .training import balanced
 
@@ -38,6 +39,8 @@ class ExpertStep(LayerStep):
         if not ctx.record.changed:
             return model
         if self.retrain is not None:
+            if (self.balance or self.z) and not any(isinstance(module, Router) for module in model.modules()):
+                ctx.warn(f"{self.kind}: balance and z add nothing: no router here chooses by a linear score alone")
             text = f"retraining after {self.kind}"
             ctx.fit(model, self.retrain, balanced(self.retrain.term(), self.balance, self.z), text=text)
         for name, each in coverage_of(model, ctx).items():
@@ -72,6 +75,10 @@ class DenseStep(ExpertStep):
     def chosen(self, model: nn.Module, ctx: Context) -> list[Found]:
         """The chosen feed-forwards; all other layers are reported as left alone."""
         found, reasons = feed_forwards(model, ctx)
+        for inside in (f"{name}." for name in looped(model, ctx)):
+            for name in [name for each in found if each.place.startswith(inside) for name in each.layers]:
+                reasons[name] = "is in a mixture of experts already, which experts.route opens"
+            found = [each for each in found if not each.place.startswith(inside)]
         chosen = [each for each in found if self.picked((each.place, *each.layers)) is None]
         named = [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
         self.warn_unused([*named, *(each.place for each in found)], ctx)
