@@ -91,6 +91,31 @@ def test_a_step_that_would_change_nothing(tmp_path: Path, capfd: pytest.CaptureF
     assert "changed nothing" in fails(capfd, "apply", path, f"{TASKS}:bars", "--out", str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            "kind: adapt.lora, only: nowhere",
+            "adapt.lora: there is no linear layer 'nowhere'; the first of the model",
+        ),
+        ("kind: adapt.lora, rank: 1000", "adapt.lora: rank=1000 is more than any chosen layer has (at most "),
+        ("kind: adapt.lora, rank: 0", "step 1: adapt.lora: rank=0: input should be greater than or equal to 1"),
+        ("kind: adapt.ia3, inputs: [nowhere]", "adapt.ia3: there is no linear layer 'nowhere'; "),
+        (
+            "kind: adapt.bottleneck, size: 4000",
+            "adapt.bottleneck: size=4000 is no bottleneck behind layers of",
+        ),
+        ("kind: substitute.resolution, factor: 0.01", "with factor=0.01 images of 8 x 8 become images of 0 x 0; give"),
+    ],
+)
+def test_steps_that_do_not_fit_the_model(
+    settings: str, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, f"steps: [{{{settings}}}]")
+    message = fails(capfd, "apply", path, f"{TASKS}:bars", "--out", str(tmp_path / "out"))
+    assert words in message and "\n" not in message
+
+
 def test_an_unknown_target(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     message = fails(capfd, "compress", f"{TASKS}:bars", "--target", "toaster", "--out", str(tmp_path / "out"))
     assert "there is no target 'toaster'; the targets are: " in message
