@@ -41,7 +41,7 @@ from .record import Figure
 
 RATIOS = (12, 14, 16, 18, 20, 22, 23, 24, 25, 26, 28, 30)  # decibels, ours
 PARAMETERS = (-14, -16, -18, -20, -21, -22, -23, -24, -25, -26, -28, -30)  # nncodec's qp, from coarse to fine
-RATES = (0.2, 0.1, 0.05)  # the price of a bit in training
+RATES = (0.4, 0.2, 0.1)  # the price of a bit in training
 NETWORKS = ("zoo:cifar10-resnet20", "zoo:cifar10-resnet56", "zoo:stsb-minilm")
 PACKAGES = ("featherweight", "torch", "constriction")
 REPEATS = 5
@@ -58,6 +58,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of retraining, from coarse to fine")
     parser.add_argument("--epochs", type=float, default=0.0, help="of retraining; 0 leaves it out")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--teacher", type=float, default=0.9, help="weight of the original's outputs in the loss")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--date", required=True, help="of this run, YYYY-MM-DD")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/ledger"), help="folder of the ledger")
@@ -82,8 +84,15 @@ def ours(task: Task, given: argparse.Namespace) -> Iterator[Made]:
 
 def retrained(task: Task, given: argparse.Namespace) -> Iterator[Made]:
     """Trained under a price for every bit, the labels and the original network's outputs as the aim."""
+    alike = {
+        "kind": "quantize.entropy",
+        "epochs": given.epochs,
+        "lr": given.lr,
+        "coarse": 0.5,
+        "teacher": given.teacher,
+    }
     for rate in given.rates:
-        settings = {"kind": "quantize.entropy", "rate": rate, "epochs": given.epochs, "lr": given.lr, "coarse": 0.5}
+        settings = alike | {"teacher": given.teacher, "precision": given.precision, "rate": rate}
         yield made(task, settings, f"rate {rate:g}", given.seed)
 
 

@@ -101,6 +101,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="budget of each training instead of --epochs, in dense training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the training")
     parser.add_argument("--interval", type=int, default=100, help="optimizer steps between exchanges")
     parser.add_argument("--fraction", type=float, default=0.3, help="of the connections that the first exchange moves")
     parser.add_argument("--rounds", type=int, default=7, help="of timing, all ways in turn")
@@ -117,6 +118,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def training_step(contender: str, given: argparse.Namespace) -> Step:
     """The step that trains one contender; all train alike but for what is sparse."""
     alike = {"epochs": given.epochs, "lr": given.lr, "optimizer": "sgd", "weight_decay": 5e-4}
+    alike |= {"precision": given.precision}
     if contender == "dense":
         return step("finetune", **alike)
     fraction = 0.0 if contender == "static" else given.fraction
