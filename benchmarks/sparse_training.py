@@ -239,9 +239,11 @@ def started(given: argparse.Namespace, task: Task, argv: list[str]) -> tuple[Led
     before = Ledger.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     if before and (before.task, before.sparsity) != (given.task, given.sparsity):
         raise SystemExit(f"{path} has another task or sparsity; take another --date or --out")
+    commands = before.command.split("; ") if before else []
+    commands.append("python -m benchmarks.sparse_training " + " ".join(argv))
     ledger = Ledger(
         date=given.date,
-        command="python -m benchmarks.sparse_training " + " ".join(argv),
+        command="; ".join(dict.fromkeys(commands)),
         machine=describe() if given.device == "cpu" else f"{describe()}, {torch.cuda.get_device_name()}",
         versions={name: version(name) for name in PACKAGES},
         task=given.task,
