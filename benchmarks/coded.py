@@ -153,7 +153,7 @@ def figure(task: Task, run: Run, split: Split) -> Figure:
 
 
 def swept(name: str, files: Iterator[Made], network: Network, task: Task, max_drop: float) -> Contender:
-    """The files of one contender, from coarse to fine, until one is within the limit on either split."""
+    """The files of one contender, from coarse to fine, until one is within the limit on both splits."""
     found = Contender(name=name)
     try:
         for setting, size, before, encode, decode, run in files:

@@ -1,6 +1,7 @@
 """Samples of every step and small tasks for them: what the contract of steps is tested on."""
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ SPLITS = ("split", "copy")  # experts made of dense feed-forwards
 
 # in which of the small tasks a step leaves nothing for another behind it
 NOTHING_BEHIND = {
+    # a second prompt or prefix is refused: tests/methods/adapt/test_prompts.py
+    **{pair: frozenset(TASKS) for pair in itertools.product(("adapt.prefix", "adapt.prompt"), repeat=2)},
     # layers that got ranks of their own are not alike any more
     ("factor.svd", "share.layers"): frozenset(TASKS),
     # the reshapes of tensor trains bind every channel

@@ -132,3 +132,10 @@ def test_models_that_take_no_longer_sequences_are_refused():
         run_step(step("adapt.prompt"), transformer_task().fresh(), Context(transformer_task(), device=CPU))
     with pytest.raises(TaskError, match="the model cannot take 64 more positions"):
         run_step(step("adapt.prompt", tokens=64), tokens_task().fresh(), Context(tokens_task(), device=CPU))
+
+
+@pytest.mark.parametrize("kind", ["adapt.prefix", "adapt.prompt"])
+@pytest.mark.parametrize("before", ["adapt.prefix", "adapt.prompt"])
+def test_a_second_prompt_or_prefix_is_refused(before, kind):
+    with pytest.raises(TaskError, match=f"{kind}: the model has a prompt or prefix already; give that step more"):
+        run_step(step(kind, epochs=0.1), made(before), Context(tokens_task(), device=CPU))

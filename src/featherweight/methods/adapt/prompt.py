@@ -106,6 +106,8 @@ class PrefixTuning(AdapterStep, kind="adapt.prefix"):
 @torch.no_grad()
 def longer(model: nn.Module, tokens: int, ctx: Context, kind: str) -> Prompted:
     """`model` with `tokens` more positions in front of every sequence; raises `TaskError` where that cannot be."""
+    if any(isinstance(module, Prompted) for module in model.modules()):
+        raise TaskError(f"{kind}: the model has a prompt or prefix already; give that step more tokens instead")
     example = ctx.example
     ids = next((name for name, each in example.items() if _are_ids(each) and "mask" not in name), None)
     if ids is None:

@@ -65,7 +65,7 @@ def _functions(kinds: dict[Hashable, Encoding], opset: int, first: int) -> dict[
 
 
 def _exported(encodings: list[Encoding], opset: int) -> Iterator[ir.Function]:
-    """The functions of these encodings, from one export: it takes seconds, however much there is to export."""
+    """The functions of these encodings, from one export: most of its time is the same whatever there is to export."""
     from featherweight.model.restore import capture_restore, parts_of
 
     program = capture_restore(encodings)
